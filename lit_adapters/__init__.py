@@ -1,0 +1,65 @@
+"""Low-memory fine-tuning of Hugging Face language models, native to PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lit_adapters.version import __version__
+
+if TYPE_CHECKING:
+    from lit_adapters.adapters import LoRA
+    from lit_adapters.attachment import attach, check_adapters_fire, detach, merge
+    from lit_adapters.callbacks import AdapterCheckpoint, InitAdapters, SampleGenerations
+    from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
+    from lit_adapters.export import export_merged, export_peft
+    from lit_adapters.initialisation import initialise
+    from lit_adapters.initialisers import Gaussian, Kaiming
+    from lit_adapters.io import load_adapter, save_adapter
+    from lit_adapters.module import AdapterFineTuneModule
+
+
+# Public names by the module that defines them. Resolved on first use, so that `--help` and a plain
+# `import lit_adapters` do not pay for torch, transformers and lightning.
+_HOMES = {
+    "lit_adapters.adapters": ["LoRA"],
+    "lit_adapters.attachment": ["attach", "check_adapters_fire", "detach", "merge"],
+    "lit_adapters.callbacks": ["AdapterCheckpoint", "InitAdapters", "SampleGenerations"],
+    "lit_adapters.datamodule": ["AlpacaDataModule", "InstructionDataModule"],
+    "lit_adapters.export": ["export_merged", "export_peft"],
+    "lit_adapters.initialisation": ["initialise"],
+    "lit_adapters.initialisers": ["Gaussian", "Kaiming"],
+    "lit_adapters.io": ["load_adapter", "save_adapter"],
+    "lit_adapters.module": ["AdapterFineTuneModule"],
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterFineTuneModule",
+    "AlpacaDataModule",
+    "Gaussian",
+    "InitAdapters",
+    "InstructionDataModule",
+    "Kaiming",
+    "LoRA",
+    "SampleGenerations",
+    "__version__",
+    "attach",
+    "check_adapters_fire",
+    "detach",
+    "export_merged",
+    "export_peft",
+    "initialise",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,163 @@
+"""Put adapters on a model, take them off, merge them in; one forward hook does the work."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.adapters import Adapter, AdapterSpec
+from lit_adapters.initialisers import named_generator
+from lit_adapters.targets import match_targets
+from lit_adapters.weights import read_weight, write_weight
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Adapted(NamedTuple):
+    """A layer that holds an adapter, and its dotted name in the model."""
+
+    name: str
+    layer: nn.Module
+    adapter: Adapter
+
+
+def attach(model: nn.Module, spec: AdapterSpec, seed: int | None = None) -> list[str]:
+    """Freeze ``model`` and put a trainable adapter on every module that ``spec`` targets.
+
+    Args:
+        model: Any module; base state-dict keys, weights and classes stay as they are.
+        spec: The method and its settings, such as ``LoRA(rank=8)``.
+        seed: Seeds each adapter's start together with its layer's name; None takes the global
+            seed (``seed_everything``).
+
+    Returns:
+        The dotted names of the adapted modules.
+
+    Raises:
+        ValueError: if targets match nothing or only in part, settings do not fit a layer, or the
+            model already holds adapters. The model is then unchanged.
+    """
+    held = [name for name, *_ in adapted_layers(model)]
+    if held:
+        raise ValueError(
+            f"the model already holds adapters (on {held[0]!r} and {len(held) - 1} more); "
+            "call `merge` or `detach` first"
+        )
+    names = match_targets(model, spec)
+    layers = {name: model.get_submodule(name) for name in names}
+    adapters = {name: spec.build(layer, name) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        adapters[name].reset(layer, named_generator(name, seed))
+    mount(model, adapters)
+    return names
+
+
+def mount(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Freeze ``model`` and put finished adapters on the layers they are named after."""
+    model.requires_grad_(False)
+    for name, adapter in adapters.items():
+        layer = model.get_submodule(name)
+        layer.add_module("adapter", adapter.train(layer.training))
+        layer.register_forward_hook(apply_adapter, with_kwargs=True)
+
+
+def apply_adapter(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """The forward hook of every adapted layer (at module level, so that models pickle)."""
+    return cast(Adapter, layer.adapter)(layer, args, kwargs, output)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
+    """Yield every layer of ``model`` that holds an adapter, in model order."""
+    for name, layer in model.named_modules():
+        adapter = layer._modules.get("adapter")
+        if isinstance(adapter, Adapter):
+            yield Adapted(name, layer, adapter)
+
+
+def detach(model: Model) -> Model:
+    """Remove every adapter and its hook; the base is as it was, still frozen."""
+    for _, layer, _ in list(adapted_layers(model)):
+        _remove(layer)
+    return model
+
+
+def merge(model: Model) -> Model:
+    """Fold every adapter into its layer's weight (fp32 sum, rounded once) and remove it.
+
+    Returns:
+        ``model`` itself, now with the classes and state-dict keys it had before `attach`.
+
+    Raises:
+        ValueError: if a weight is shared with a module outside the adapter (a tied output head),
+            which merging would change too, or the model holds no adapter. Nothing is then merged.
+    """
+    adapted = list(adapted_layers(model))
+    if not adapted:
+        raise ValueError("the model holds no adapters, so there is nothing to merge")
+    _refuse_tied(model, adapted)
+    with torch.no_grad():
+        for _, layer, adapter in adapted:
+            write_weight(layer, adapter.merged(read_weight(layer)))
+            _remove(layer)
+    return model
+
+
+def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Run ``model(**batch)`` once and make sure that every adapter took part.
+
+    Code that reads ``layer.weight`` instead of calling the layer (fused kernels, hand-written
+    heads) bypasses adapters without a sign. Gradients and random state are left alone.
+
+    Raises:
+        RuntimeError: naming the adapted layers whose adapter never ran.
+    """
+    silent = {name: adapter for name, _, adapter in adapted_layers(model)}
+    fired: set[int] = set()
+    handles = [
+        adapter.register_forward_hook(lambda module, *_: fired.add(id(module)))
+        for adapter in silent.values()
+    ]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [name for name, adapter in silent.items() if id(adapter) not in fired]
+    if missed:
+        raise RuntimeError(
+            f"{len(missed)} of {len(silent)} adapters never ran in a forward pass: "
+            f"{', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}. The model uses these "
+            "layers' weights without calling the layers (a fused kernel, a custom head?), or not "
+            "at all; switch that off or leave them out with `exclude`"
+        )
+
+
+def _remove(layer: nn.Module) -> None:
+    for key, hook in list(layer._forward_hooks.items()):
+        if hook is apply_adapter:
+            del layer._forward_hooks[key]
+            layer._forward_hooks_with_kwargs.pop(key, None)
+    del layer.adapter
+
+
+def _refuse_tied(model: nn.Module, adapted: list[Adapted]) -> None:
+    """Merging into a tied weight would change the module at its other end as well."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, layer, _ in adapted:
+        shared = [n for n in owners[id(layer.weight)] if n != name]
+        if shared:
+            raise ValueError(
+                f"the weight of {name!r} is tied to {', '.join(map(repr, shared))}; merging would "
+                f"change both. Untie it first, for example: "
+                f"model.get_submodule({name!r}).weight = nn.Parameter(weight.clone()) and "
+                f"model.config.tie_word_embeddings = False"
+            )

@@ -1,0 +1,15 @@
+"""Lightning callbacks; each works with any LightningModule that holds adapters."""
+
+from lit_adapters.callbacks.checkpoint import AdapterCheckpoint
+from lit_adapters.callbacks.init import InitAdapters
+from lit_adapters.callbacks.predictions import PredictionWriter
+from lit_adapters.callbacks.report import RunReport
+from lit_adapters.callbacks.samples import SampleGenerations
+
+__all__ = [
+    "AdapterCheckpoint",
+    "InitAdapters",
+    "PredictionWriter",
+    "RunReport",
+    "SampleGenerations",
+]

@@ -1,0 +1,104 @@
+"""The trainer's half of the command line: LightningCLI with our module, data and callbacks."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lit_adapters.callbacks import (
+    AdapterCheckpoint,
+    PredictionWriter,
+    RunReport,
+    SampleGenerations,
+)
+from lit_adapters.datamodule import InstructionDataModule
+from lit_adapters.module import AdapterFineTuneModule
+
+# Under keys of their own, so that a `trainer.callbacks` list adds to them instead of replacing.
+CALLBACKS = {
+    "checkpoint": AdapterCheckpoint,
+    "samples": SampleGenerations,
+    "predictions": PredictionWriter,
+    "progress": RichProgressBar,
+    "summary": RichModelSummary,
+    "report": RunReport,
+}
+
+
+class AdapterCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict``."""
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        _hush()
+        super().__init__(
+            AdapterFineTuneModule,
+            InstructionDataModule,
+            args=args,
+            run=run,
+            seed_everything_default=42,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,  # the model does not exist yet when the CLI would
+            parser_kwargs={"prog": "lit_adapters"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give each standard callback its own group of flags."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log to TensorBoard and CSV side by side unless the config says otherwise."""
+        chosen = self._get(self.config_init, "trainer.logger")
+        if chosen in (None, True):
+            root = self._get(self.config_init, "trainer.default_root_dir") or Path.cwd()
+            board = TensorBoardLogger(root)
+            kwargs["logger"] = [board, CSVLogger(root, version=board.version)]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Make a resume visible to callbacks while the model is being set up."""
+        config = self.config_init["fit"]
+        if config.get("ckpt_path"):
+            self.trainer.ckpt_path = config.pop("ckpt_path")
+
+    def _parse_ckpt_path(self) -> None:
+        """Fill in a checkpoint's hyper-parameters below what config files and flags say.
+
+        Lightning puts them above, so that ``--model.adapter.rank 99`` is silently ignored.
+        """
+        name = self.config.get("subcommand")
+        path = self.config[name].get("ckpt_path") if name else None
+        if not path or not Path(path).is_file():
+            return
+        saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+        said = self.parser.parse_args(self._arguments, defaults=False)[name].get("model") or {}
+        for key, value in saved.items():
+            if value is not None and key not in said:
+                self.config = self.parser.parse_object({name: {"model": {key: value}}}, self.config)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Keep the raw arguments, to tell what was said from what is a default."""
+        self._arguments = args
+        super().parse_arguments(parser, args)
+
+
+def _hush() -> None:
+    """Silence what third parties say about our own, intended use of them."""
+    for message in (
+        ".*Experiment logs directory .* exists and is not empty",  # TensorBoard writes there too
+        ".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
+        ".*does not have many workers",  # batches are ready in memory
+    ):
+        warnings.filterwarnings("ignore", message)
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "litlogger" not in text and "model summary callbacks" not in text
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(wanted)

@@ -1,0 +1,147 @@
+"""The commands that need no trainer: `generate`, `merge`, `export`. Parameters become flags."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_adapters.base_model import load_base, load_tokenizer
+from lit_adapters.data import alpaca_prompt
+from lit_adapters.export import export_merged, export_peft
+from lit_adapters.generation import generate as generate_answers
+from lit_adapters.io import load_adapter
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def generate(
+    adapter: str | None = None,
+    base: str = "tiny",
+    prompt: str | None = None,
+    input: str = "",  # noqa: A002 - Alpaca's name
+    file: str | None = None,
+    raw: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    dtype: Precision = "float32",
+    json_output: bool = False,
+) -> None:
+    """Answer a prompt, every line of a file, or what is typed.
+
+    Args:
+        adapter: Adapter folder; the bare base (or a merged model) answers if null.
+        base: The model: tiny, a local folder (a merged one too) or a hub id.
+        prompt: An instruction; without prompt and file, instructions are read from the terminal.
+        input: Its further input, for Alpaca's template.
+        file: Text file with one instruction per line, or jsonl with instruction and input.
+        raw: Take prompts as they are, without Alpaca's template.
+        max_new_tokens: Longest answer, tokens.
+        temperature: Of the sampling distribution; 0 is greedy.
+        dtype: Data type of the weights.
+        json_output: Print one JSON object per answer.
+    """
+    model, tokenizer = _load(base, adapter, dtype)
+
+    def reply(requests: list[tuple[str, str]]) -> None:
+        prompts = [text if raw else alpaca_prompt(text, more) for text, more in requests]
+        answers = generate_answers(model, tokenizer, prompts, max_new_tokens, temperature)
+        for (text, more), answer in zip(requests, answers, strict=True):
+            if json_output:
+                print(json.dumps({"instruction": text, "input": more, "answer": answer}))
+            else:
+                print(answer)
+
+    if file is not None:
+        reply(list(_read_requests(Path(file))))
+    elif prompt is not None:
+        reply([(prompt, input)])
+    else:
+        for line in _typed():
+            reply([(line, "")])
+
+
+def merge(
+    adapter: str,
+    output: str,
+    base: str = "tiny",
+    dtype: Precision = "float32",
+) -> None:
+    """Fold an adapter into its base and write a stock Hugging Face model folder.
+
+    Args:
+        adapter: Adapter folder.
+        output: Folder to write.
+        base: The model that the adapter was trained on: tiny, a local folder or a hub id.
+        dtype: Data type of the stored weights; the merge itself is computed in fp32.
+    """
+    model, tokenizer = _load(base, adapter, "float32")
+    folder = export_merged(model, output, tokenizer, getattr(torch, dtype))
+    Console().print(f"merged model ({dtype}) written to {folder}")
+
+
+def export(
+    adapter: str,
+    output: str,
+    base: str = "tiny",
+    format: Literal["peft", "hf"] = "peft",  # noqa: A002 - the flag users expect
+    dtype: Precision = "float32",
+) -> None:
+    """Write an adapter for other software: a PEFT folder, or a merged Hugging Face model.
+
+    Args:
+        adapter: Adapter folder.
+        output: Folder to write.
+        base: The model that the adapter was trained on: tiny, a local folder or a hub id.
+        format: peft is an adapter for PEFT, vLLM and others; hf is a merged model.
+        dtype: Data type of a merged model's weights; adapters are fp32.
+    """
+    if format == "hf":
+        merge(adapter, output, base, dtype)
+        return
+    model, tokenizer = _load(base, adapter, "float32")
+    folder = export_peft(model, output, tokenizer)
+    Console().print(f"PEFT adapter written to {folder}")
+
+
+def _load(
+    base: str, adapter: str | None, dtype: Precision
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = load_base(base, getattr(torch, dtype))
+    if adapter is not None:
+        load_adapter(model, adapter)
+    if torch.cuda.is_available():
+        torch.nn.Module.to(model, "cuda")
+    return model.eval(), load_tokenizer(base)
+
+
+def _read_requests(file: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            yield line, ""
+            continue
+        try:
+            record = json.loads(line)
+            yield record["instruction"], record.get("input") or ""
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number}: expected a JSON object with 'instruction', got {line[:80]}"
+            ) from error
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the terminal or a pipe, until the end or an empty line."""
+    talking = sys.stdin.isatty()
+    while True:
+        if talking:
+            print("instruction> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line

@@ -1,0 +1,44 @@
+"""Making up for the splits a source does not have."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lit_adapters.data.formats import Record
+from lit_adapters.data.records import Splits
+
+
+def complete_splits(splits: Splits, val_size: int | float, seed: int) -> Splits:
+    """Return all three splits: validation held out of train if missing, test = validation."""
+    train, validation = splits["train"], splits.get("validation")
+    if validation is None:
+        train, validation = hold_out(train, val_size, seed)
+    return {"train": train, "validation": validation, "test": splits.get("test", validation)}
+
+
+def hold_out(
+    records: Sequence[Record], val_size: int | float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Split records into (train, validation) by a seeded permutation; each keeps its order.
+
+    Args:
+        records: All records.
+        val_size: Below 1 a share of the records (at least one record unless 0), else a count.
+        seed: Decides which records are held out; nothing else does.
+
+    Raises:
+        ValueError: `val_size` is negative, no whole count, or leaves nothing to train on.
+    """
+    if val_size < 0 or (val_size >= 1 and val_size != int(val_size)):
+        raise ValueError(f"val_size {val_size} is neither a share in [0, 1) nor a whole count")
+    share = max(1, round(len(records) * val_size)) if val_size > 0 else 0
+    count = int(val_size) if val_size >= 1 else share
+    if count >= len(records):
+        raise ValueError(
+            f"val_size {val_size} holds out {count} of {len(records)} records and leaves none to "
+            "train on; lower val_size, or set it to 0 to train without validation"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    held = set(torch.randperm(len(records), generator=generator)[:count].tolist())
+    train = [record for index, record in enumerate(records) if index not in held]
+    return train, [records[index] for index in sorted(held)]

@@ -1,0 +1,237 @@
+"""Instruction data for a Lightning trainer, resumable in the middle of an epoch."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_adapters.data import (
+    Batch,
+    BatchLoader,
+    EvalOrder,
+    Example,
+    FormatName,
+    LengthReport,
+    Overlong,
+    SplitName,
+    Splits,
+    Tokens,
+    TrainOrder,
+    complete_splits,
+    is_hub_id,
+    read_hub,
+    read_splits,
+    sequences,
+    to_examples,
+    tokenise,
+)
+
+_STAGES: Mapping[str | None, tuple[SplitName, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "validation", "test"),
+}
+
+
+class FitLoader(BatchLoader):
+    """Training batches that begin where the trainer's own progress says.
+
+    The trainer counts the batches that were trained; a loader could only count those it handed
+    out, which is one more when a step failed.
+    """
+
+    trainer: Trainer | None = None
+
+    def start(self) -> tuple[int, int]:
+        """Return the trainer's epoch and the batches of it that were trained."""
+        if self.trainer is None or self.trainer.train_dataloader is not self:
+            return super().start()  # iterated by hand
+        loop = self.trainer.fit_loop
+        epoch = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        return epoch, loop.epoch_loop.batch_progress.current.ready
+
+
+class InstructionDataModule(LightningDataModule):
+    """Prompts and responses from a file, a folder or the hub, tokenised once.
+
+    Trained on are the response and the end-of-sequence token. The order of batches depends on
+    the seed and the epoch only, and resuming from a checkpoint within an epoch continues with
+    the very batch that would have come next. Under several devices the data is shared here;
+    `Trainer(use_distributed_sampler=...)` makes no difference.
+    """
+
+    def __init__(
+        self,
+        path: str = "tiny",
+        format: FormatName = "auto",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        val_size: int | float = 0.05,
+        seed: int = 0,
+        group_by_length: bool = True,
+        overlong: Overlong = "truncate",
+        num_workers: int = 0,
+        train_limit: int | None = None,
+    ) -> None:
+        """Settings only; nothing is read before it is needed.
+
+        Args:
+            path: "tiny" (embedded tasks), a .json file (a list of objects) or .jsonl file, a
+                folder with train, validation and test files, or a hub id (owner/name or
+                owner/name:config).
+            format: How records are read. "auto" decides by the names of their fields.
+            tokenizer: A folder or hub id, or a tokenizer. None takes the model's.
+            max_length: Tokens per example, prompt included.
+            batch_size: Examples per device and batch.
+            val_size: Used when the source has no validation split: what to hold out of train,
+                below 1 a share, else a count of examples; 0 trains without validation. A source
+                without test split is tested on its validation split.
+            seed: Decides the held-out examples and the order of batches.
+            group_by_length: Batch examples of similar length; saves padding.
+            overlong: Whether examples above max_length are truncated on the right or dropped.
+            num_workers: Processes that build batches; 0 builds them in the main process.
+            train_limit: Train on this many examples at most, the first ones.
+        """
+        super().__init__()
+        if train_limit is not None and train_limit < 1:
+            raise ValueError(f"train_limit {train_limit} is below 1; give a count, or null for all")
+        by_name = tokenizer is None or isinstance(tokenizer, str)
+        self.save_hyperparameters(ignore=[] if by_name else ["tokenizer"])
+        self.path = path
+        self.format: FormatName = format
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.val_size = val_size
+        self.seed = seed
+        self.group_by_length = group_by_length
+        self.overlong: Overlong = overlong
+        self.num_workers = num_workers
+        self.train_limit = train_limit
+        self.reports: dict[str, LengthReport] = {}
+        self._splits: Splits | None = None
+        self._tokens: dict[str, list[Tokens]] = {}
+        self._tokenised_with: PreTrainedTokenizerBase | None = None
+
+    def prepare_data(self) -> None:
+        """Download a hub data set into the cache, once per machine."""
+        if is_hub_id(self.path):
+            read_hub(self.path)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise what a stage needs and is not there yet; report lengths."""
+        for split in _STAGES[stage]:
+            self._tokenised(split)
+
+    def examples(self, split: SplitName) -> list[Example]:
+        """Return the prompts and responses of a split; needs neither trainer nor tokenizer."""
+        return to_examples(self._records()[split], self.format, f"{self.path} ({split})")
+
+    def sequences(self, batch: Mapping[str, Tensor]) -> list[Batch]:
+        """Return the sequences of a batch without padding: `input_ids` and `labels`, 1-D."""
+        return sequences(batch)
+
+    def train_dataloader(self) -> FitLoader:
+        """Return the shuffled training batches of this device."""
+        tokens = self._tokenised("train")
+        order = TrainOrder(
+            lengths=[len(example["input_ids"]) for example in tokens],
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),
+            group_by_length=self.group_by_length,
+            **self._devices(),
+        )
+        loader = FitLoader(tokens, order, self._pad_id(), self.num_workers)
+        loader.trainer = self.trainer
+        return loader
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """Return the validation batches of this device; an empty list if there are none."""
+        return self._eval_loader("validation") if self._tokenised("validation") else []
+
+    def test_dataloader(self) -> BatchLoader:
+        """Return the test batches of this device, in the order of the data."""
+        if not self._tokenised("test"):
+            raise ValueError(
+                f"{self.path} has neither a test nor a validation split and val_size is 0; "
+                "raise val_size, or add a split"
+            )
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Return the test batches."""
+        return self.test_dataloader()
+
+    def _eval_loader(self, split: SplitName) -> BatchLoader:
+        tokens = self._tokenised(split)
+        order = EvalOrder(len(tokens), self.batch_size, **self._devices())
+        return BatchLoader(tokens, order, self._pad_id(), self.num_workers)
+
+    def _devices(self) -> dict[str, int]:
+        # The strategy's numbers: under tensor parallelism several devices share a data rank.
+        sharing = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return {"rank": sharing.get("rank", 0), "devices": sharing.get("num_replicas", 1)}
+
+    def _records(self) -> Splits:
+        if self._splits is None:
+            splits = complete_splits(read_splits(self.path), self.val_size, self.seed)
+            splits["train"] = splits["train"][: self.train_limit]
+            self._splits = splits
+        return self._splits
+
+    def _tokenised(self, split: SplitName) -> list[Tokens]:
+        tokenizer = self._load_tokenizer()
+        if tokenizer is not self._tokenised_with:
+            self._tokenised_with, self._tokens, self.reports = tokenizer, {}, {}
+        if split not in self._tokens:
+            self._tokens[split] = []
+            if examples := self.examples(split):
+                tokens, report = tokenise(examples, tokenizer, self.max_length, self.overlong)
+                self._tokens[split], self.reports[split] = tokens, report
+                rank_zero_info(f"{self.path} ({split}): {report}")
+        return self._tokens[split]
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        if self.tokenizer is not None:
+            return self.tokenizer
+        module = self.trainer.lightning_module if self.trainer else None
+        tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            owner = "there is no trainer" if module is None else f"{type(module).__name__} has none"
+            raise ValueError(
+                f"no tokenizer: tokenizer=None takes the model's, but {owner}; give "
+                f"{type(self).__name__}(tokenizer=...) a folder, a hub id or a tokenizer"
+            )
+        return tokenizer
+
+    def _pad_id(self) -> int:
+        tokenizer = self._load_tokenizer()
+        pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        return eos_id if pad_id is None else pad_id
+
+
+class AlpacaDataModule(InstructionDataModule):
+    """Instruction data whose records have `instruction`, `output` and perhaps `input`."""
+
+    def __init__(
+        self, path: str = "tiny", format: Literal["alpaca"] = "alpaca", **settings: Any
+    ) -> None:
+        """Settings only; nothing is read before it is needed.
+
+        Args:
+            path: "tiny" (embedded tasks), a .json file (a list of objects) or .jsonl file, a
+                folder with train, validation and test files, or a hub id (owner/name or
+                owner/name:config).
+            format: Always "alpaca".
+            settings: The other arguments of InstructionDataModule.
+        """
+        super().__init__(path, format, **settings)

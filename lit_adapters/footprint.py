@@ -1,0 +1,59 @@
+"""Count what a model holds: trainable parameters, and bytes of base, adapter and optimizer."""
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+with suppress(ImportError):  # absent on Windows
+    import resource
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a model; parameters are counted, the rest is bytes."""
+
+    trainable: int
+    total: int
+    base_bytes: int
+    adapter_bytes: int
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters."""
+        return self.trainable / max(1, self.total)
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """Measure ``model``; the adapter is what is trainable, tied tensors count once."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return Footprint(
+        trainable=sum(p.numel() for p in trained),
+        total=sum(p.numel() for p in [*trained, *frozen]),
+        base_bytes=sum(p.nbytes for p in frozen),
+        adapter_bytes=sum(p.nbytes for p in trained),
+    )
+
+
+def optimizer_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state."""
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest use so far: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # Windows keeps no such figure for a process without further packages
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,127 @@
+"""Answers from a causal language model, in batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_adapters.losses import IGNORE
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return the model's answer to each prompt, without the prompt and special tokens.
+
+    Greedy at temperature 0. Train or evaluation mode is as before afterwards.
+
+    Args:
+        model: With or without adapters.
+        tokenizer: Its tokenizer; adds a BOS token to each prompt if that is its habit.
+        prompts: Complete prompts, template included.
+        max_new_tokens: Longest answer, tokens.
+        temperature: Of the sampling distribution.
+        batch_size: Prompts at a time; they are sorted by length, so padding is small.
+        progress: Called with the number of prompts that were just answered.
+    """
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    return generate_from_ids(
+        model, tokenizer, ids, max_new_tokens, temperature, batch_size, progress
+    )
+
+
+def generate_from_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Like `generate`, for prompts that are token ids already."""
+    config = _generation_config(model, tokenizer, max_new_tokens, temperature)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = _pad_left([prompts[i] for i in chosen], config.pad_token_id, model.device)
+            with torch.no_grad():
+                tokens = cast(Any, model).generate(
+                    input_ids=ids, attention_mask=mask, generation_config=config
+                )
+            texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
+            if progress is not None:
+                progress(len(chosen))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return answers
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Mapping[str, Tensor],
+    max_new_tokens: int,
+) -> list[dict[str, str]]:
+    """Answer the untrained head of every sequence of a labelled, right-padded batch."""
+    prompts, references = [], []
+    rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
+    for ids, labels, mask in rows:
+        trained = ((labels != IGNORE) & (mask == 1)).nonzero().flatten()
+        start = int(trained[0]) if len(trained) else int(mask.sum())
+        prompts.append(ids[:start].tolist())
+        references.append(str(tokenizer.decode(ids[trained], skip_special_tokens=True)))
+    predictions = generate_from_ids(model, tokenizer, prompts, max_new_tokens)
+    return [
+        {
+            "prompt": str(tokenizer.decode(prompt, skip_special_tokens=True)),
+            "prediction": prediction,
+            "reference": reference,
+        }
+        for prompt, prediction, reference in zip(prompts, predictions, references, strict=True)
+    ]
+
+
+def _generation_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+) -> GenerationConfig:
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad = tokenizer.pad_token_id
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends) if pad is None else pad,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+        **sampling,
+    )
+
+
+def _pad_left(
+    sequences: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, (batch, time) int64; padding on the left, so answers line up."""
+    width = max(map(len, sequences))
+    rows = [[pad] * (width - len(ids)) + list(ids) for ids in sequences]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,178 @@
+"""Save and load adapters: PEFT's layout, safetensors only, strict, all or nothing."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_adapters.adapters import AdapterSpec
+from lit_adapters.attachment import Adapted, adapted_layers, mount
+from lit_adapters.fingerprint import base_name, fingerprint
+from lit_adapters.folder import (
+    CARD,
+    CONFIG,
+    EXTRA,
+    WEIGHTS,
+    all_or_nothing,
+    read_json,
+    read_tensors,
+)
+from lit_adapters.model_card import adapter_card
+from lit_adapters.peft_config import spec_from_peft
+from lit_adapters.targets import match_targets, shortest_targets
+from lit_adapters.version import __version__
+
+PREFIX = "base_model.model."  # PEFT finds nothing without it
+
+Parsed = TypeVar("Parsed")
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> Path:
+    """Write the adapters of ``model`` as a folder that PEFT reads as well.
+
+    Every file is written beside its place under a temporary name first; a failure (disk full) or a
+    kill leaves the previous files whole. Weights are fp32 safetensors.
+
+    Raises:
+        ValueError: if the model holds no adapters.
+    """
+    adapted = list(adapted_layers(model))
+    if not adapted:
+        raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
+    hub_id, name = base_name(model)
+    config = {
+        **adapted[0].adapter.spec.to_peft(),
+        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "base_model_name_or_path": hub_id,
+        "target_modules": shortest_targets(model, [name for name, *_ in adapted]),
+        "fan_in_fan_out": any(isinstance(layer, Conv1D) for _, layer, _ in adapted),
+        "inference_mode": True,
+    }
+    extra = {
+        "format": 1,
+        "method": type(adapted[0].adapter.spec).__name__,
+        "base": name,
+        "base_fingerprint": fingerprint(model),
+        "versions": {
+            "lit_adapters": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    tensors = {
+        key: parameter.detach().to("cpu", torch.float32).contiguous()
+        for key, parameter in _parameters_by_key(adapted).items()
+    }
+    folder = Path(path)
+    with all_or_nothing(folder) as part:
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (part / EXTRA).write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+        (part / CARD).write_text(adapter_card(config, extra), encoding="utf-8")
+    return folder
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> list[str]:
+    """Load an adapter folder, ours or PEFT's, onto ``model``; it succeeds or changes nothing.
+
+    A bare model gets adapters as the folder's ``adapter_config.json`` says; a model that holds
+    adapters already must hold the same ones, and gets their values.
+
+    Args:
+        model: The base that the adapter was trained on.
+        path: The folder.
+        check_base: Refuse a base whose weights differ from the one trained on (where recorded).
+
+    Returns:
+        The names of the adapted modules.
+
+    Raises:
+        FileNotFoundError: if the folder or a file of it is missing.
+        ValueError: if anything in it is not as expected; the message names the file and the key.
+    """
+    folder = Path(path)
+    config = read_json(folder, CONFIG)
+    adapted = _naming(folder / CONFIG, lambda: _build(model, spec_from_peft(config)))
+    if check_base:
+        _check_base(model, folder)
+    held = list(adapted_layers(model))
+    if held:
+        _check_same(held, adapted, folder)
+        adapted = held
+    parameters = _parameters_by_key(adapted)
+    copies = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer, _ in adapted}
+    shapes = {key: parameter.shape for key, parameter in parameters.items()}
+    tensors = read_tensors(folder, shapes, optional=copies)
+    for key in copies.keys() & tensors.keys():
+        _check_copy(folder / WEIGHTS, key, tensors[key], copies[key])
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    if not held:
+        mount(model, {name: adapter for name, _, adapter in adapted})
+    return [name for name, *_ in adapted]
+
+
+def _build(model: nn.Module, spec: AdapterSpec) -> list[Adapted]:
+    names = match_targets(model, spec)
+    layers = [(name, model.get_submodule(name)) for name in names]
+    return [Adapted(name, layer, spec.build(layer, name)) for name, layer in layers]
+
+
+def _parameters_by_key(adapted: Iterable[Adapted]) -> dict[str, nn.Parameter]:
+    """Every adapter parameter by its key in the file."""
+    return {
+        f"{PREFIX}{name}.{key}": adapter.get_parameter(parameter)
+        for name, layer, adapter in adapted
+        for parameter, key in adapter.file_keys(layer).items()
+    }
+
+
+def _check_same(held: list[Adapted], stored: list[Adapted], folder: Path) -> None:
+    ours = {name: adapter for name, _, adapter in held}
+    theirs = {name: adapter for name, _, adapter in stored}
+    differing = sorted(ours.keys() ^ theirs.keys()) or [
+        name for name in ours if not ours[name].computes_like(theirs[name])
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder}: its adapters are not those on the model (first difference: "
+            f"{differing[0]!r}); call `detach(model)` first to load it on the bare base"
+        )
+
+
+def _check_copy(file: Path, key: str, stored: Tensor, layer: nn.Module) -> None:
+    """PEFT also saves the frozen weight of an adapted embedding or head; it must be the same."""
+    weight = layer.get_parameter("weight").detach()
+    if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
+        raise ValueError(
+            f"{file}: {key!r} holds a base weight that differs from the model's; loading never "
+            "writes base weights. Resize or replace the embedding in the base first"
+        )
+
+
+def _check_base(model: nn.Module, folder: Path) -> None:
+    if not (folder / EXTRA).exists():
+        return  # written by PEFT, which records no fingerprint
+    recorded = read_json(folder, EXTRA)
+    expected, actual = recorded.get("base_fingerprint"), fingerprint(model)
+    if expected is not None and expected != actual:
+        raise ValueError(
+            f"{folder} was trained on another base ({recorded.get('base')!r}, fingerprint "
+            f"{expected}); this model's weights have fingerprint {actual}. Load that base, or pass "
+            "check_base=False if you mean to use it here"
+        )
+
+
+def _naming(file: Path, parse: Callable[[], Parsed]) -> Parsed:
+    """Run ``parse`` and name ``file`` in its errors."""
+    try:
+        return parse()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -1,0 +1,312 @@
+"""The LightningModule: one causal language model, one adapter, one loss."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics import SumMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_adapters.adapters import METHODS, AdapterSpec, LoRA
+from lit_adapters.attachment import attach, check_adapters_fire
+from lit_adapters.base_model import Dtype, load_base, load_tokenizer
+from lit_adapters.callbacks.init import InitAdapters
+from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
+from lit_adapters.generation import answer
+from lit_adapters.losses import TokenLoss, token_loss
+from lit_adapters.optim import fuse, parameter_groups, warmup_then
+from lit_adapters.optim.schedule import Decay
+from lit_adapters.throughput import TokenWindow
+from lit_adapters.trained_state import check_trained, keep_trained
+
+Batch = Mapping[str, Tensor]
+
+
+class AdapterFineTuneModule(LightningModule):
+    """Fine-tune a Hugging Face causal language model with an adapter.
+
+    The base is loaded, adapted and initialised in `configure_model`, before anything is sharded
+    and before the optimizer exists. The loss is the mean over all trained tokens of an optimizer
+    step (the whole accumulation window, all ranks). Checkpoints hold no frozen weight.
+
+    Args:
+        base: The model: ``tiny`` (embedded, works offline), a local folder or a hub id. From code
+            also a model that is already built.
+        adapter: What to train beside the frozen base.
+        tokenizer: Folder or hub id of the tokenizer, or the tokenizer; that of the base if null.
+        optimizer: Called with the parameter groups. AdamW at 2e-4 without decay if null.
+        lr_scheduler: Decay after the warm-up: cosine, linear or constant; or a scheduler class,
+            advanced once per optimizer step and without our warm-up.
+        warmup: Optimizer steps of linear warm-up if 1 or more, else their share of all steps.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        dtype: Data type of the frozen base; auto follows the trainer's precision.
+        revision: Branch, tag or commit of a hub model.
+        attn_implementation: Attention of transformers, such as sdpa, eager or flash_attention_2.
+        max_new_tokens: Longest answer of `predict` and of generated samples, tokens.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        base: str | nn.Module = "tiny",
+        adapter: AdapterSpec = LoRA(),  # noqa: B008 (frozen)
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: Decay | LRSchedulerCallable = "cosine",
+        warmup: float = 0.03,
+        gradient_checkpointing: bool = False,
+        dtype: Dtype = "auto",
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        max_new_tokens: int = 128,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = spec_from_plain(adapter) if isinstance(adapter, Mapping) else adapter
+        self.optimizer_factory = optimizer or default_optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup = warmup
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dtype_of_base = dtype
+        self.revision = revision
+        self.attn_implementation = attn_implementation
+        self.max_new_tokens = max_new_tokens
+        self._tokenizer = tokenizer
+        self._built = False
+        self._adapters_checked = False
+        self.window = TokenWindow()
+        self.evaluated = nn.ModuleDict({name: SumMetric() for name in ("nll", "tokens", "correct")})
+        # Adapter-only checkpoints leave the base out on purpose; `check_trained` is the strict one.
+        self.strict_loading = False
+        # Plain types only: a checkpoint is then readable with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "base": base if isinstance(base, str) else None,
+                "adapter": spec_to_plain(self.adapter),
+                "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
+                "lr_scheduler": lr_scheduler if isinstance(lr_scheduler, str) else None,
+                "warmup": warmup,
+                "gradient_checkpointing": gradient_checkpointing,
+                "dtype": dtype,
+                "revision": revision,
+                "attn_implementation": attn_implementation,
+                "max_new_tokens": max_new_tokens,
+            }
+        )
+
+    # --- the model -------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None and not isinstance(self.base, str):
+            raise ValueError(
+                "the base was passed in as a model, so its tokenizer is unknown; pass "
+                "tokenizer=... to AdapterFineTuneModule or to the data module"
+            )
+        if self._tokenizer is None or isinstance(self._tokenizer, str):
+            name = cast(str, self._tokenizer or self.base)
+            self._tokenizer = load_tokenizer(name, self.revision)
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load the base, attach the adapter, run an `InitAdapters` callback; once."""
+        if self._built:
+            return
+        if isinstance(self.base, str):
+            self.model = load_base(
+                self.base, self._base_dtype(), self.revision, self.attn_implementation
+            )
+        else:
+            self.model = cast(PreTrainedModel, self.base)
+        attach(self.model, self.adapter)
+        for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
+            if isinstance(callback, InitAdapters):
+                callback.initialise(self.model, self.trainer)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
+        self._built = True
+
+    def _base_dtype(self) -> torch.dtype:
+        if self.dtype_of_base != "auto":
+            return cast(torch.dtype, getattr(torch, self.dtype_of_base))
+        precision = str(getattr(self._trainer, "precision", "32-true"))
+        return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "AdapterFineTuneModule":
+        """Let ``precision="bf16-true"`` cast weights, but no fp32 buffer (rotary frequencies)."""
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.dtype == torch.float32
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in kept:
+            moved = cast(Tensor, module._buffers[name])
+            if moved.dtype != torch.float32:
+                module._buffers[name] = buffer.to(moved.device)
+        return self
+
+    # --- the loss --------------------------------------------------------------------------------
+
+    def token_loss(self, batch: Batch) -> TokenLoss:
+        """Run the model; the one place where the loss is computed.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, all (batch, time) int64.
+        """
+        output = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        return token_loss(output.logits, batch["labels"])
+
+    def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed negative log likelihood (nats) and the number of trained tokens."""
+        loss = self.token_loss(batch)
+        return loss.nll, loss.tokens
+
+    # --- training --------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Tell every logger what is trained and how large the parts are."""
+        self._adapters_checked = False
+        sizes = footprint(self.model)
+        self._log_once(
+            {
+                "parameters/trainable": sizes.trainable,
+                "parameters/trainable_share": sizes.share,
+                "bytes/base": sizes.base_bytes,
+                "bytes/adapter": sizes.adapter_bytes,
+            }
+        )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make sure, once, that no adapter is bypassed."""
+        if not self._adapters_checked:
+            first = {key: value[:1] for key, value in batch.items() if key != "labels"}
+            check_adapters_fire(self.model, {**first, "use_cache": False})
+            self._adapters_checked = True
+            self.window.start()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the summed loss; `on_before_optimizer_step` divides the gradients by tokens."""
+        nll, tokens = self.nll(batch)
+        self.window.add(nll.detach(), tokens)
+        return nll
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn summed gradients into the mean over the window's trained tokens, then log."""
+        nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
+        # Lightning divided each micro-batch by the accumulation, DDP and FSDP by the ranks.
+        divided = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
+        torch._foreach_mul_(gradients, divided / tokens.clamp(min=1).item())
+        self.log("train/loss", nll / tokens.clamp(min=1), prog_bar=True)
+        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+        self.log("train/tokens_per_second", rate, prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        self.log("memory/peak_mb", peak_bytes(self.device) / 1e6)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the size of the optimizer's state once it exists."""
+        if self.trainer.global_step == 1:
+            size = sum(optimizer_bytes(o) for o in self.trainer.optimizers)
+            self._log_once({"bytes/optimizer": size})
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer over the trainable parameters, and its schedule."""
+        optimizer = self.optimizer_factory(parameter_groups(self.model))
+        if str(self.trainer.precision) != "16-mixed":  # there, fused steps cannot be clipped
+            fuse(optimizer)
+        total = int(self.trainer.estimated_stepping_batches)
+        if isinstance(self.lr_scheduler, str):
+            schedule: Any = warmup_then(self.lr_scheduler, optimizer, total, self.warmup)
+        else:
+            schedule = self.lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # --- evaluation ------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the sums."""
+        for name, value in self.token_loss(batch)._asdict().items():
+            cast(SumMetric, self.evaluated[name]).update(value)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy over all tokens of all ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy over all tokens of all ranks."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        metrics = [cast(SumMetric, metric) for metric in self.evaluated.values()]
+        nll, tokens, correct = (metric.compute() for metric in metrics)
+        for metric in metrics:
+            metric.reset()
+        loss = nll / tokens
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp())
+        self.log(f"{stage}/token_accuracy", correct / tokens)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        """Answer the prompts of a batch; each result holds prompt, prediction and reference."""
+        return answer(self.model, self.tokenizer, batch, self.max_new_tokens)
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen base out, whichever callback saves."""
+        checkpoint["state_dict"] = keep_trained(self, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not hold exactly what is trained here."""
+        check_trained(self, checkpoint["state_dict"])
+
+    def _log_once(self, values: dict[str, float]) -> None:
+        if self.trainer.is_global_zero:
+            for logger in self.loggers:
+                logger.log_metrics(values, step=self.trainer.global_step)
+
+
+def default_optimizer(groups: Any) -> Optimizer:
+    """AdamW at 2e-4, no weight decay: LoRA's customary setting."""
+    return AdamW(groups, lr=2e-4, weight_decay=0.0)
+
+
+def spec_to_plain(spec: AdapterSpec) -> dict[str, Any]:
+    """Return a spec as a config file states it."""
+    return {
+        "class_path": f"lit_adapters.{type(spec).__name__}",
+        "init_args": asdict(cast(Any, spec)),
+    }
+
+
+def spec_from_plain(plain: Mapping[str, Any]) -> AdapterSpec:
+    """Rebuild a spec from saved hyper-parameters; the class comes from our list, not the file."""
+    name = str(plain.get("class_path")).rpartition(".")[2]
+    for method in METHODS:
+        if method.__name__ == name:
+            return method(**plain.get("init_args", {}))
+    raise ValueError(
+        f"adapter {name!r} is unknown; expected one of {[m.__name__ for m in METHODS]}"
+    )

@@ -1,0 +1,105 @@
+"""Which modules a spec means: ``targets``, ``exclude`` and ``layers`` resolved on a model."""
+
+import difflib
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_adapters.adapters import Adapter, AdapterSpec
+from lit_adapters.weights import is_adaptable
+
+
+def match_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Return the dotted names of the modules that ``spec`` adapts, in model order.
+
+    Raises:
+        ValueError: if nothing matches, an entry of a target list matches nothing, a pattern is no
+            regular expression, or a matched module cannot hold an adapter.
+    """
+    modules = _candidates(model)
+    names = _select(modules, spec.targets, "targets", model)
+    if spec.exclude is not None:
+        excluded = set(_select(modules, spec.exclude, "exclude", model))
+        names = [name for name in names if name not in excluded]
+    if spec.layers is not None:
+        names = [name for name in names if _layer_number(name) in spec.layers]
+    if not names:
+        raise ValueError(
+            f"no module is left to adapt: targets={spec.targets!r}, exclude={spec.exclude!r}, "
+            f"layers={spec.layers!r} leave nothing. {_nearest(str(spec.targets), modules)}"
+        )
+    unfit = [name for name in names if not is_adaptable(modules[name])]
+    if unfit:
+        kind = type(modules[unfit[0]]).__name__
+        raise ValueError(
+            f"targets={spec.targets!r} matches {unfit[0]!r}, a {kind}, which cannot hold a "
+            f"low-rank adapter; name the linear or embedding layers inside it instead"
+        )
+    return names
+
+
+def shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the shortest target list that means exactly ``names``: last parts if they suffice."""
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    meant = [n for n in _candidates(model) if any(_ends_with(n, ending) for ending in endings)]
+    return endings if sorted(meant) == sorted(names) else sorted(names)
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every named module of the model proper, adapters and what is inside them left out."""
+    adapters = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not any(name == a or name.startswith(a + ".") for a in adapters)
+    }
+
+
+def _select(
+    modules: dict[str, nn.Module], wanted: str | list[str], field: str, model: nn.Module
+) -> list[str]:
+    if wanted == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        return [
+            name
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        ]
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ValueError(f"{field}={wanted!r} is not a regular expression: {error}") from error
+        names = [name for name in modules if pattern.fullmatch(name)]
+        if not names:
+            raise ValueError(
+                f"{field}={wanted!r} matches no module. A string is a regular expression for the "
+                f"whole dotted name; write a list for name endings. {_nearest(wanted, modules)}"
+            )
+        return names
+    for entry in wanted:
+        if not any(_ends_with(name, entry) for name in modules):
+            raise ValueError(
+                f"{field} entry {entry!r} matches no module. {_nearest(entry, modules)}"
+            )
+    return [name for name in modules if any(_ends_with(name, entry) for entry in wanted)]
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _layer_number(name: str) -> int | None:
+    """The first number among the parts of a dotted name: the index of the decoder layer."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
+    """A sentence listing the target names that look most like ``wanted``."""
+    endings = {
+        name.rpartition(".")[2]: None for name, module in modules.items() if is_adaptable(module)
+    }
+    wanted = wanted.rpartition(".")[2]
+    near = difflib.get_close_matches(wanted, endings, n=5, cutoff=0.5) or list(endings)[:12]
+    return f"Did you mean one of: {', '.join(near)}?" if near else "The model has no such layers."

@@ -1,0 +1,87 @@
+"""What a trainer checkpoint holds of a model whose base is frozen, and the random state."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.adapters import Adapter
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that training never changes: frozen and not part of an adapter."""
+    adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad and id(parameter) not in adapters
+    }
+
+
+def keep_trained(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``state`` without the frozen parameters and what is derived from them.
+
+    A quantised weight ``w`` also writes ``w.absmax`` and the like; those go with it.
+    """
+    frozen = frozen_names(model)
+    return {
+        key: value
+        for key, value in state.items()
+        if not any(part in frozen for part in _prefixes(key))
+    }
+
+
+def check_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compare a checkpoint's tensors with what is trained in ``model``.
+
+    Raises:
+        ValueError: naming the first missing, unexpected or differently shaped tensor.
+    """
+    expected = keep_trained(model, model.state_dict())
+    for key in expected:
+        if key not in state:
+            raise ValueError(
+                f"the checkpoint lacks {key!r}, which is trained here; was it written with "
+                "another adapter or other targets?"
+            )
+        if state[key].shape != expected[key].shape:
+            raise ValueError(
+                f"{key!r} has shape {tuple(state[key].shape)} in the checkpoint and "
+                f"{tuple(expected[key].shape)} here; was it written with another rank or base?"
+            )
+    unexpected = set(keep_trained(model, state)) - set(expected)
+    if unexpected:
+        raise ValueError(
+            f"the checkpoint holds {sorted(unexpected)[0]!r} (and {len(unexpected) - 1} more), "
+            "which is not trained here; was it written with other targets?"
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """State of the global random generators, in types that ``weights_only=True`` reads."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), gauss],
+        "python": list(random.getstate()),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _prefixes(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

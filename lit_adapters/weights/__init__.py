@@ -1,0 +1,25 @@
+"""How a frozen layer stores its matrix, and how a low-rank product is applied beside it.
+
+A new storage (another layer type, another quantisation) is one file here that registers its layer
+class with the functions below; nothing else in the library changes.
+"""
+
+from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
+from lit_adapters.weights.storage import (
+    add_low_rank,
+    is_adaptable,
+    is_lookup,
+    matrix_shape,
+    read_weight,
+    write_weight,
+)
+
+__all__ = [
+    "add_low_rank",
+    "is_adaptable",
+    "is_lookup",
+    "matrix_shape",
+    "read_weight",
+    "write_weight",
+]
+del _dense

@@ -1,0 +1,88 @@
+"""Layers that hold an ordinary floating-point matrix: Linear, Hugging Face Conv1D, Embedding."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lit_adapters.weights.storage import (
+    add_low_rank,
+    is_lookup,
+    matrix_shape,
+    read_weight,
+    write_weight,
+)
+
+
+@matrix_shape.register(nn.Linear)
+def _(layer: nn.Linear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+@matrix_shape.register(Conv1D)
+@matrix_shape.register(nn.Embedding)
+def _(layer: Conv1D | nn.Embedding) -> tuple[int, int]:
+    rows, columns = layer.weight.shape  # both store (in, out)
+    return columns, rows
+
+
+@read_weight.register(nn.Linear)
+def _(layer: nn.Linear) -> Tensor:
+    return layer.weight.detach().float()
+
+
+@read_weight.register(Conv1D)
+@read_weight.register(nn.Embedding)
+def _(layer: Conv1D | nn.Embedding) -> Tensor:
+    return layer.weight.detach().float().T
+
+
+@write_weight.register(nn.Linear)
+def _(layer: nn.Linear, weight: Tensor) -> None:
+    layer.weight.data.copy_(_fitting(weight, layer))
+
+
+@write_weight.register(Conv1D)
+@write_weight.register(nn.Embedding)
+def _(layer: Conv1D | nn.Embedding, weight: Tensor) -> None:
+    layer.weight.data.copy_(_fitting(weight, layer).T)
+
+
+@add_low_rank.register(nn.Linear)
+@add_low_rank.register(Conv1D)
+def _(
+    layer: nn.Linear | Conv1D, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    return _add_scaled(output, F.linear(x.to(A.dtype), A), B, scale)
+
+
+@add_low_rank.register(nn.Embedding)
+def _(layer: nn.Embedding, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    # Gemma multiplies its embeddings; the branch stands for a change of the table, so it is too.
+    # It is read as a buffer or number at call time: a cast of the model casts it as well.
+    factor = getattr(layer, "embed_scale", 1.0)
+    hidden = F.embedding(x, A.T, padding_idx=layer.padding_idx)
+    return _add_scaled(output, hidden * factor, B, scale)
+
+
+@is_lookup.register(nn.Embedding)
+def _(layer: nn.Embedding) -> bool:
+    return True
+
+
+def _add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``output + scale * hidden B^T``, cast to the dtype of ``output``; ``hidden`` is (..., r)."""
+    if output.dtype == hidden.dtype == B.dtype:
+        # addmm folds scaling and addition into the product: no temporary of the output's size.
+        flat = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B.T, beta=1.0, alpha=scale)
+        return flat.view(output.shape)
+    return output + (F.linear(hidden, B) * scale).to(output.dtype)
+
+
+def _fitting(weight: Tensor, layer: nn.Module) -> Tensor:
+    if tuple(weight.shape) != matrix_shape(layer):  # copy_ would broadcast
+        raise ValueError(
+            f"{type(layer).__name__} holds a matrix of shape {matrix_shape(layer)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    return weight

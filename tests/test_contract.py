@@ -1,0 +1,794 @@
+"""What every adapter method promises, on every layer type and on whole models.
+
+A new method is one line in ``METHODS``; a new layer type is one line in ``LAYERS``. Tests that
+hold for one method only (equations, defaults) live in that method's own test file.
+"""
+
+import copy
+import io
+import math
+import pickle
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_adapters import Gaussian, Kaiming, LoRA, attach, detach, initialise, merge
+from lit_adapters.adapters import Adapter
+from lit_adapters.weights import read_weight, write_weight
+from tests.models import (
+    VOCAB,
+    base_bytes,
+    batch,
+    fingerprint,
+    gpt2,
+    llama,
+    logits,
+    shake,
+    shape_of,
+    trainable,
+)
+
+IN, OUT = 12, 10
+
+METHODS = {
+    "lora": LoRA(rank=4, alpha=8),
+    "lora-rslora": LoRA(rank=4, alpha=8, rslora=True),
+    "lora-dropout": LoRA(rank=4, alpha=8, dropout=0.3),
+    "lora-patterns": LoRA(
+        rank=4,
+        alpha=8,
+        rank_pattern={"layer|q_proj|c_attn": 2},
+        alpha_pattern={"layer|down_proj|c_proj": 12},
+    ),
+    "lora-rank-1": LoRA(rank=1, alpha=0.5),
+}
+LAYERS = {
+    "linear": lambda: nn.Linear(IN, OUT),
+    "linear-no-bias": lambda: nn.Linear(IN, OUT, bias=False),
+    "conv1d": lambda: _filled(Conv1D(OUT, IN)),
+    "embedding": lambda: nn.Embedding(VOCAB, OUT),
+    "embedding-padding": lambda: nn.Embedding(VOCAB, OUT, padding_idx=0),
+}
+MODELS = {"llama": llama, "gpt2": gpt2}
+TARGETS = {
+    "all-linear": {"llama": "all-linear", "gpt2": "all-linear"},
+    "embedding-too": {"llama": ["embed_tokens", "v_proj"], "gpt2": ["wte", "c_attn"]},
+}
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_layer = pytest.mark.parametrize("kind", LAYERS)
+every_model = pytest.mark.parametrize("family", MODELS)
+every_target = pytest.mark.parametrize("targets", TARGETS)
+
+
+class OneLayer(nn.Module):
+    """The smallest model with a layer to adapt."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def _filled(layer):
+    nn.init.normal_(layer.bias)  # zero by default
+    return layer
+
+
+def one_layer(kind, seed=0):
+    torch.manual_seed(seed)
+    return OneLayer(LAYERS[kind]()).eval()
+
+
+def inputs(kind, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if kind.startswith("embedding"):
+        return torch.randint(0, VOCAB, (3, 7), generator=generator)
+    return torch.randn(3, 7, IN, generator=generator)
+
+
+def adapted_layer(kind, method, seed=0, shaken=True):
+    model = one_layer(kind)
+    attach(model, replace(METHODS[method], targets=["layer"]), seed=seed)
+    return shake(model) if shaken else model
+
+
+def adapted_model(family, method, targets="all-linear", seed=0, shaken=True):
+    model = MODELS[family]()
+    attach(model, replace(METHODS[method], targets=TARGETS[targets][family]), seed=seed)
+    return shake(model, std=0.1) if shaken else model
+
+
+def adapter_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, Adapter)]
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------- start: nothing changes
+
+
+@every_layer
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fresh_adapter_leaves_the_layer_output_to_the_bit(kind, method, dtype, training):
+    model = one_layer(kind).to(dtype).train(training)
+    x = inputs(kind) if kind.startswith("embedding") else inputs(kind).to(dtype)
+    before = model(x)
+    attach(model, replace(METHODS[method], targets=["layer"]), seed=0)
+    after = model(x)
+    assert after.dtype == dtype
+    assert torch.equal(after, before)
+
+
+@every_model
+@every_method
+@every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_leaves_the_model_output_to_the_bit(family, method, targets, dtype):
+    model = MODELS[family]().to(dtype)
+    before = logits(model)
+    names = attach(model, replace(METHODS[method], targets=TARGETS[targets][family]), seed=0)
+    assert names
+    assert torch.equal(logits(model), before)
+
+
+@every_layer
+@every_method
+def test_a_moved_adapter_is_heard(kind, method):
+    x = inputs(kind)
+    assert not torch.allclose(adapted_layer(kind, method)(x), one_layer(kind)(x), atol=1e-3)
+
+
+@every_model
+@every_target
+def test_attach_names_exactly_the_layers_that_carry_an_adapter(family, targets):
+    model = MODELS[family]()
+    names = attach(model, LoRA(rank=2, targets=TARGETS[targets][family]))
+    assert sorted(names) == sorted(n.removesuffix(".adapter") for n in adapter_names(model))
+    assert len(set(names)) == len(names)
+
+
+# ---------------------------------------------------------------- keys, types, frozen base
+
+
+@every_model
+@every_method
+@every_target
+def test_base_keys_types_and_bytes_stay_as_they_were_under_an_adapter(family, method, targets):
+    stock = MODELS[family]()
+    model = adapted_model(family, method, targets)
+    assert base_bytes(model) == base_bytes(stock)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert {name: type(m) for name, m in stock.named_modules()}.items() <= kinds.items()
+
+
+@every_model
+@every_method
+@every_target
+def test_only_adapter_parameters_are_trainable_and_all_of_them_get_gradients(
+    family, method, targets
+):
+    model = adapted_model(family, method, targets).train()
+    model(**batch()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            assert parameter.requires_grad, name
+            assert parameter.grad is not None, name
+            assert parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert not parameter.requires_grad, name
+            assert parameter.grad is None, name
+
+
+@every_model
+@every_method
+@every_target
+def test_twenty_adamw_steps_lower_the_loss_and_leave_the_base_bytes(family, method, targets):
+    model = adapted_model(family, method, targets, shaken=False)
+    before, data = base_bytes(model), batch()
+    start = model(**data).loss.item()
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(**data).loss.backward()
+        optimizer.step()
+    assert base_bytes(model) == before
+    assert model.eval()(**data).loss.item() < 0.9 * start
+
+
+@every_method
+def test_an_optimizer_over_all_parameters_still_leaves_the_base_bytes(method):
+    model = adapted_model("llama", method)
+    before = base_bytes(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.5)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    assert base_bytes(model) == before
+
+
+# ---------------------------------------------------------------- LoRA's equation, in plain tensors
+
+
+@every_layer
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_output_is_the_equation(kind, rslora):
+    model = one_layer(kind)
+    attach(model, LoRA(rank=4, alpha=6, rslora=rslora, targets=["layer"]))
+    shake(model)
+    x, layer = inputs(kind), model.layer
+    A, B = layer.adapter.lora_A, layer.adapter.lora_B
+    scale = 6 / math.sqrt(4) if rslora else 6 / 4
+    assert layer.adapter.scale == pytest.approx(scale)
+    if kind.startswith("embedding"):
+        expected = layer.weight[x] + scale * A.T[x] @ B.T
+    elif kind == "conv1d":
+        expected = x @ (layer.weight + scale * (B @ A).T) + layer.bias
+    else:
+        expected = F.linear(x, layer.weight + scale * B @ A, layer.bias)
+    close(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "conv1d"])
+def test_dropout_acts_on_the_branch_input_and_only_in_training(kind):
+    model = one_layer(kind)
+    attach(model, LoRA(rank=3, alpha=3, dropout=0.5, targets=["layer"]))
+    shake(model)
+    base, x, adapter = one_layer(kind), inputs(kind), model.layer.adapter
+    torch.manual_seed(7)
+    noisy = model.train()(x)
+    torch.manual_seed(7)
+    expected = base(x) + F.dropout(x, 0.5) @ adapter.lora_A.T @ adapter.lora_B.T
+    close(noisy, expected)
+    clean = base(x) + x @ adapter.lora_A.T @ adapter.lora_B.T
+    close(model.eval()(x), clean)
+
+
+def test_dropout_leaves_embeddings_alone():
+    model = one_layer("embedding")
+    attach(model, LoRA(rank=3, alpha=3, dropout=0.5, targets=["layer"]))
+    shake(model)
+    x = inputs("embedding")
+    assert torch.equal(model.train()(x), model.eval()(x))
+
+
+@every_layer
+def test_the_adapter_follows_its_layers_training_flag(kind):
+    model = adapted_layer(kind, "lora-dropout")
+    assert not model.layer.adapter.training
+    model.train()
+    assert model.layer.adapter.training
+    model.layer.eval()
+    assert not model.layer.adapter.training
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_alpha_zero_gives_the_base_to_the_bit(kind, dtype, training):
+    model = one_layer(kind).to(dtype)
+    x = inputs(kind) if kind.startswith("embedding") else inputs(kind).to(dtype)
+    before = model(x)
+    attach(model, LoRA(rank=4, alpha=0, dropout=0.2, targets=["layer"]))
+    shake(model).train(training)
+    assert torch.equal(model(x), before)
+
+
+def test_alpha_zero_gives_the_base_model_to_the_bit():
+    model = llama().bfloat16()
+    before = logits(model)
+    attach(model, LoRA(rank=4, alpha=0))
+    assert torch.equal(logits(shake(model)), before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_kaiming_draws_a_uniform_within_one_over_root_in_and_zero_b(kind):
+    model = OneLayer(nn.Linear(400, 300) if kind == "linear" else Conv1D(300, 400))
+    attach(model, LoRA(rank=64, targets=["layer"]), seed=0)
+    for _ in range(2):  # the default at attach, and the initialiser by name
+        A, B = model.layer.adapter.lora_A, model.layer.adapter.lora_B
+        bound = 1 / math.sqrt(400)
+        assert A.shape == (64, 400)
+        assert B.shape == (300, 64)
+        assert 0.99 * bound < A.abs().max() <= bound * (1 + 1e-6)
+        assert A.var().item() == pytest.approx(1 / (3 * 400), rel=0.03)
+        assert torch.count_nonzero(B) == 0
+        initialise(shake(model), Kaiming())
+
+
+def test_gaussian_draws_a_with_std_one_over_rank_and_zero_b():
+    model = OneLayer(nn.Linear(500, 300))
+    attach(model, LoRA(rank=20, targets=["layer"]), seed=0)
+    shake(model)
+    initialise(model, Gaussian())
+    A, B = model.layer.adapter.lora_A, model.layer.adapter.lora_B
+    assert A.std().item() == pytest.approx(1 / 20, rel=0.03)
+    assert abs(A.mean().item()) < 0.005
+    assert A.abs().max() > 2.5 / 20  # normal, not uniform
+    assert torch.count_nonzero(B) == 0
+
+
+@pytest.mark.parametrize("initialiser", [None, Kaiming(), Gaussian()])
+def test_embedding_factors_start_with_zero_a_and_normal_b(initialiser):
+    model = OneLayer(nn.Embedding(300, 400))
+    attach(model, LoRA(rank=32, targets=["layer"]), seed=0)
+    if initialiser is not None:
+        initialise(shake(model), initialiser)
+    A, B = model.layer.adapter.lora_A, model.layer.adapter.lora_B
+    assert A.shape == (32, 300)
+    assert B.shape == (400, 32)
+    assert torch.count_nonzero(A) == 0
+    assert B.std().item() > 0
+    if initialiser is None:
+        assert B.std().item() == pytest.approx(1, rel=0.03)
+
+
+@every_model
+@pytest.mark.parametrize("initialiser", [Kaiming(), Gaussian()])
+def test_initialise_restores_the_base_output_and_is_repeatable(family, initialiser):
+    model = adapted_model(family, "lora", "embedding-too")
+    initialise(model, initialiser, seed=3)
+    first = trainable(model)
+    assert torch.equal(logits(model), logits(MODELS[family]()))
+    torch.manual_seed(99)
+    initialise(shake(model), initialiser, seed=3)
+    assert all(torch.equal(first[name], value) for name, value in trainable(model).items())
+    assert base_bytes(model) == base_bytes(MODELS[family]())
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def test_the_same_seed_gives_the_same_adapter_whatever_else_drew_or_was_attached():
+    few, many = llama(), llama()
+    attach(few, LoRA(targets=["v_proj"]), seed=3)
+    torch.manual_seed(1234)
+    torch.randn(77)
+    attach(many, LoRA(targets=["down_proj", "v_proj", "q_proj"]), seed=3)
+    wanted, found = trainable(few), trainable(many)
+    assert wanted.keys() < found.keys()
+    for name, value in wanted.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_seeds_and_layer_names_give_different_values():
+    one, two = llama(), llama()
+    attach(one, LoRA(targets=["q_proj", "o_proj"]), seed=3)
+    attach(two, LoRA(targets=["q_proj", "o_proj"]), seed=4)
+    drawn = [v for model in (one, two) for n, v in trainable(model).items() if "lora_A" in n]
+    assert len(drawn) == 8
+    assert len({fingerprint(value) for value in drawn}) == 8
+
+
+def test_seeded_attach_leaves_the_global_random_state():
+    model, state = llama(), torch.get_rng_state()
+    attach(model, LoRA(targets=["q_proj"]), seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_explicit_seed_makes_initialise_independent_of_the_global_one():
+    model = llama()
+    attach(model, LoRA(targets=["q_proj"]))
+    drawn = []
+    for global_seed, seed in ((1, 7), (2, 7), (2, 8)):
+        torch.manual_seed(global_seed)
+        initialise(model, Gaussian(), seed=seed)
+        drawn.append(trainable(model))
+    name = next(name for name in drawn[0] if name.endswith("lora_A"))
+    assert torch.equal(drawn[0][name], drawn[1][name])
+    assert not torch.equal(drawn[1][name], drawn[2][name])
+
+
+def test_default_dtype_and_device_do_not_change_what_is_drawn():
+    plain, odd = llama(), llama()
+    attach(plain, LoRA(targets=["q_proj", "embed_tokens"]), seed=3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            attach(odd, LoRA(targets=["q_proj", "embed_tokens"]), seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in trainable(plain).items():
+        found = odd.get_parameter(name)
+        assert found.device.type == "cpu", name
+        assert found.dtype == torch.float32, name
+        assert torch.equal(found, value), name
+
+
+def test_without_a_seed_the_global_seed_makes_attach_repeatable():
+    drawn = []
+    for _ in range(2):
+        model = llama()
+        torch.manual_seed(5)
+        attach(model, LoRA(targets=["q_proj"]))
+        drawn.append(trainable(model))
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+# ---------------------------------------------------------------- merge and detach
+
+
+@every_layer
+@every_method
+def test_merge_keeps_the_layer_output(kind, method):
+    model, x = adapted_layer(kind, method), inputs(kind)
+    before = model(x)
+    assert merge(model) is model
+    close(model(x), before)
+
+
+@every_model
+@every_method
+def test_merge_keeps_the_model_output(family, method):
+    model = adapted_model(family, method)
+    before = logits(model)
+    close(logits(merge(model)), before)
+
+
+def test_merge_keeps_the_output_of_an_adapted_embedding():
+    model = llama()
+    attach(model, LoRA(rank=4, targets=["embed_tokens", "v_proj", "lm_head"]))
+    before = logits(shake(model, std=0.1))
+    close(logits(merge(model)), before)
+
+
+@every_layer
+@every_method
+@pytest.mark.parametrize("finish", [merge, detach])
+def test_a_layer_is_stock_after_merge_and_detach(kind, method, finish):
+    model = finish(adapted_layer(kind, method))
+    assert shape_of(model) == shape_of(one_layer(kind))
+
+
+@every_model
+@every_method
+@pytest.mark.parametrize("finish", [merge, detach])
+def test_a_model_is_stock_after_merge_and_detach(family, method, finish):
+    model = adapted_model(family, method)
+    model(**batch()).loss.backward()
+    assert finish(model) is model
+    assert shape_of(model) == shape_of(MODELS[family]())
+    assert adapter_names(model) == []
+
+
+@every_model
+@every_method
+@every_target
+def test_detach_gives_back_the_base_to_the_bit(family, method, targets):
+    stock, model = MODELS[family](), adapted_model(family, method, targets)
+    detach(model)
+    assert base_bytes(model) == base_bytes(stock)
+    assert torch.equal(logits(model), logits(stock))
+
+
+@every_method
+def test_a_model_can_be_adapted_again_after_merge_and_detach(method):
+    model = adapted_model("llama", method)
+    merge(model)
+    before = logits(model)
+    spec = replace(METHODS[method], targets=["q_proj", "up_proj"])
+    attach(model, spec)
+    assert torch.equal(logits(model), before)
+    shake(model)
+    assert not torch.allclose(logits(model), before, atol=1e-3)
+    detach(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_merge_adds_in_fp32_and_rounds_once():
+    model = OneLayer(nn.Linear(64, 48)).bfloat16()
+    W = model.layer.weight.detach().clone()
+    attach(model, LoRA(rank=4, alpha=6, targets=["layer"]))
+    shake(model)
+    A, B = (p.detach().clone() for p in (model.layer.adapter.lora_A, model.layer.adapter.lora_B))
+    exact = W.double() + 1.5 * B.double() @ A.double()
+    merge(model)
+    assert model.layer.weight.dtype == torch.bfloat16
+    wrong = (model.layer.weight != exact.to(torch.bfloat16)).double().mean().item()
+    assert wrong < 0.005  # ties only; rounding the product first gives a fifth
+
+
+def test_the_merged_model_saves_and_loads_as_a_stock_checkpoint(tmp_path):
+    model = adapted_model("llama", "lora")
+    before = logits(model)
+    merge(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, local_files_only=True).eval()
+    close(logits(loaded), before)
+
+
+# ---------------------------------------------------------------- copies
+
+
+@every_layer
+@every_method
+def test_state_dict_round_trip_is_strict_and_exact(kind, method):
+    source, target = adapted_layer(kind, method), adapted_layer(kind, method, seed=8, shaken=False)
+    x = inputs(kind)
+    assert not torch.equal(target(x), source(x))
+    target.load_state_dict(source.state_dict(), strict=True)
+    assert torch.equal(target(x), source(x))
+
+
+@every_layer
+@every_method
+def test_a_deep_copy_carries_an_adapter_of_its_own(kind, method):
+    model, x = adapted_layer(kind, method), inputs(kind)
+    before = model(x)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), before)
+    shake(twin, seed=5)
+    assert not torch.allclose(twin(x), before, atol=1e-3)
+    assert torch.equal(model(x), before)
+    detach(twin)
+    assert torch.equal(model(x), before)
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _torch_saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_model
+@every_method
+@pytest.mark.parametrize("clone", [_pickled, _torch_saved, copy.deepcopy])
+def test_a_whole_model_survives_copying_with_its_adapter_alive(family, method, clone):
+    model = adapted_model(family, method)
+    before = logits(model)
+    twin = clone(model)
+    assert torch.equal(logits(twin), before)
+    assert not torch.allclose(logits(shake(twin, seed=5)), before, atol=1e-3)
+    assert torch.equal(logits(model), before)
+    assert shape_of(merge(twin)) == shape_of(MODELS[family]())
+
+
+# ---------------------------------------------------------------- torch.compile, checkpointing
+
+
+def _gradients(model, run):
+    model.zero_grad()
+    run().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _same_gradients(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    assert expected
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@every_layer
+@every_method
+def test_a_layer_compiles_without_graph_breaks(kind, method):
+    torch.compiler.reset()
+    model, x = adapted_layer(kind, method), inputs(kind)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(x), model(x))
+    _same_gradients(
+        _gradients(model, lambda: compiled(x).square().mean()),
+        _gradients(model, lambda: model(x).square().mean()),
+    )
+
+
+@every_model
+def test_a_model_compiles_without_graph_breaks(family):
+    torch.compiler.reset()
+    model = adapted_model(family, "lora", "embedding-too").train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    data = {"input_ids": batch()["input_ids"], "labels": batch()["labels"], "use_cache": False}
+    _same_gradients(
+        _gradients(model, lambda: compiled(**data).loss),
+        _gradients(model, lambda: model(**data).loss),
+    )
+
+
+def _checkpoint(model):
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the other name goes in transformers 6
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+@every_model
+@every_method
+@every_target
+def test_gradient_checkpointing_gives_the_same_gradients(family, method, targets):
+    model = adapted_model(family, method, targets).train()
+
+    def run():
+        torch.manual_seed(3)  # the same dropout masks
+        return model(**batch(), use_cache=False).loss
+
+    expected = _gradients(model, run)
+    _checkpoint(model)
+    _same_gradients(_gradients(model, run), expected, 1e-6)
+
+
+@every_model
+@every_method
+@every_target
+def test_cached_greedy_generation_equals_uncached(family, method, targets):
+    model = adapted_model(family, method, targets)
+    prompt = batch(rows=1, length=9, seed=4)["input_ids"][:, :6]
+    generate = partial(
+        model.generate,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=8,
+        do_sample=False,
+    )
+    cached, uncached = generate(use_cache=True), generate(use_cache=False)
+    assert cached.shape == (1, 14)
+    assert torch.equal(cached, uncached)
+
+
+# ---------------------------------------------------------------- precision
+
+CASTS = {
+    "bfloat16()": lambda model: model.bfloat16(),
+    "half()": lambda model: model.half(),
+    "to(dtype)": lambda model: model.to(torch.bfloat16),
+    "to(device, dtype)": lambda model: model.to("cpu", torch.bfloat16),
+    "there and back": lambda model: model.bfloat16().float(),
+}
+
+
+@every_model
+@every_method
+@pytest.mark.parametrize("cast", CASTS)
+def test_casting_the_model_keeps_adapter_masters_in_fp32_to_the_bit(family, method, cast):
+    model = adapted_model(family, method, "embedding-too")
+    before, objects = trainable(model), dict(model.named_parameters())
+    CASTS[cast](model)
+    for name, value in before.items():
+        parameter = model.get_parameter(name)
+        assert parameter is objects[name], name  # an optimizer made earlier still steps it
+        assert parameter.dtype == torch.float32, name
+        assert parameter.requires_grad, name
+        assert torch.equal(parameter, value), name
+    if cast != "there and back":
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        assert all(p.dtype in (torch.bfloat16, torch.float16) for p in frozen)
+
+
+@every_layer
+def test_casting_while_moving_to_another_device_moves_but_keeps_fp32(kind):
+    model = adapted_layer(kind, "lora").to("meta", torch.bfloat16)
+    assert model.layer.weight.dtype == torch.bfloat16
+    for parameter in model.layer.adapter.parameters():
+        assert parameter.device.type == "meta"
+        assert parameter.dtype == torch.float32
+
+
+@every_model
+@every_method
+@every_target
+def test_attach_to_a_bf16_base_makes_fp32_adapters_that_train(family, method, targets):
+    model = MODELS[family]().bfloat16()
+    attach(model, replace(METHODS[method], targets=TARGETS[targets][family]), seed=0)
+    before = base_bytes(model)
+    masters = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in masters)
+    start = model(**batch()).loss.item()
+    optimizer = torch.optim.AdamW(masters, lr=0.02)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+    assert model(**batch()).loss.item() < start
+    assert logits(model).dtype == torch.bfloat16
+    assert base_bytes(model) == before
+
+
+@every_layer
+@every_method
+def test_on_a_bf16_base_the_branch_is_computed_in_fp32_and_cast_once(kind, method):
+    model, base = adapted_layer(kind, method).bfloat16(), one_layer(kind).bfloat16()
+    x = inputs(kind) if kind.startswith("embedding") else inputs(kind).bfloat16()
+    adapter = model.layer.adapter
+    if kind.startswith("embedding"):
+        branch = adapter.lora_A.T[x] @ adapter.lora_B.T
+    else:
+        branch = x.float() @ adapter.lora_A.T @ adapter.lora_B.T
+    found, expected = model(x), base(x) + (adapter.scale * branch).bfloat16()
+    assert found.dtype == torch.bfloat16
+    wrong = (found != expected).float().mean().item()
+    assert wrong < 0.02  # a tie rounded the other way; bf16 products differ in a third
+
+
+@every_model
+@every_method
+def test_bf16_autocast_on_an_fp32_base_starts_at_the_base_and_trains_fp32_masters(family, method):
+    stock, model = MODELS[family](), adapted_model(family, method, shaken=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        before, after = logits(stock), logits(model)
+        assert after.dtype == before.dtype
+        assert torch.equal(after, before)
+        loss = shake(model, std=0.05).train()(**batch()).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            assert parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_the_layers_input(kind, dtype):
+    if kind.startswith("embedding"):
+        pytest.skip("token ids have no gradient")
+    model = adapted_layer(kind, "lora").to(dtype)
+    x = inputs(kind).to(dtype).requires_grad_()
+    model(x).float().sum().backward()
+    adapter, weight = model.layer.adapter, model.layer.weight.float()
+    weight = weight.T if kind == "conv1d" else weight  # (out, in)
+    effective = weight + adapter.scale * adapter.lora_B @ adapter.lora_A
+    expected = effective.sum(0).expand_as(x)
+    close(x.grad.float(), expected, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+# ---------------------------------------------------------------- weights: dense fp32 (out, in)
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_read_weight_is_dense_fp32_out_by_in(kind, dtype):
+    layer = one_layer(kind).to(dtype).layer
+    stored = layer.weight.detach().float()
+    expected = stored if kind.startswith("linear") else stored.T
+    found = read_weight(layer)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_weight_writes_in_place_in_the_layers_dtype(kind, dtype):
+    layer = one_layer(kind).to(dtype).layer
+    parameter, wanted = layer.weight, torch.randn(read_weight(layer).shape)
+    write_weight(layer, wanted)
+    assert layer.weight is parameter  # a tied partner sees the write
+    assert layer.weight.dtype == dtype
+    assert layer.weight.is_contiguous()
+    assert torch.equal(read_weight(layer), wanted.to(dtype).float())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+@pytest.mark.parametrize("shape", [(3, 3), (1, 1)])
+def test_write_weight_refuses_another_shape_and_leaves_the_layer(kind, shape):
+    layer = one_layer(kind).layer
+    before = fingerprint(layer.weight)
+    with pytest.raises((ValueError, RuntimeError)):  # (1, 1) would fit by broadcasting
+        write_weight(layer, torch.zeros(shape))
+    assert fingerprint(layer.weight) == before
+
+
+def test_a_layer_type_without_a_reader_is_refused_by_name():
+    with pytest.raises((TypeError, NotImplementedError), match="LayerNorm"):
+        read_weight(nn.LayerNorm(4))
+    with pytest.raises((TypeError, NotImplementedError), match="LayerNorm"):
+        write_weight(nn.LayerNorm(4), torch.zeros(4, 4))
