@@ -12,22 +12,29 @@ SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billio
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of the model's own weights, the same with or without adapters, in fp32 or in bf16.
+    """Digest of the model's own weights, the same with or without adapters.
 
-    Covers name, shape and 16 evenly spaced values, rounded to bf16, of every floating-point
-    parameter; returns 16 hexadecimal digits.
+    Covers name, shape and 16 evenly spaced values of every floating-point parameter. Returns two
+    digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
+    is recognised in whichever precision it was loaded; compare with `same_base`.
     """
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
-    digest = hashlib.sha256()
+    digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapters or not parameter.is_floating_point():
             continue
         values = parameter.detach().flatten()
         steps = torch.linspace(0, max(len(values) - 1, 0), min(SAMPLES, len(values)))
-        sample = values[steps.long().to(values.device)].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sample = values[steps.long().to(values.device)].cpu()
+        for dtype, digest in digests.items():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
+    return "-".join(digest.hexdigest()[:16] for digest in digests.values())
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in at least one precision."""
+    return any(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
 def base_name(model: nn.Module) -> tuple[str | None, str]:

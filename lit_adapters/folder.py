@@ -31,8 +31,15 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
         for file in files:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+        weights = folder / WEIGHTS
+        if any(_differs(part / name, folder / name) for name in (CONFIG, EXTRA)):
+            weights.unlink(missing_ok=True)  # dying below must not leave old weights, new settings
         for file in files:
             file.replace(folder / file.name)
+
+
+def _differs(new: Path, old: Path) -> bool:
+    return new.exists() and (not old.exists() or new.read_bytes() != old.read_bytes())
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

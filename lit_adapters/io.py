@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.attachment import Adapted, adapted_layers, mount
-from lit_adapters.fingerprint import base_name, fingerprint
+from lit_adapters.fingerprint import base_name, fingerprint, same_base
 from lit_adapters.folder import (
     CARD,
     CONFIG,
@@ -162,7 +162,7 @@ def _check_base(model: nn.Module, folder: Path) -> None:
         return  # written by PEFT, which records no fingerprint
     recorded = read_json(folder, EXTRA)
     expected, actual = recorded.get("base_fingerprint"), fingerprint(model)
-    if expected is not None and expected != actual:
+    if expected is not None and not same_base(str(expected), actual):
         raise ValueError(
             f"{folder} was trained on another base ({recorded.get('base')!r}, fingerprint "
             f"{expected}); this model's weights have fingerprint {actual}. Load that base, or pass "

@@ -28,6 +28,7 @@ FLOORS = {
     "attachment.py": 3,
     "initialisation.py": 4,
     "io.py": 4,
+    "folder.py": 4,
     "peft_config.py": 4,
     "fingerprint.py": 4,
     "model_card.py": 4,

@@ -64,6 +64,16 @@ class AdapterSpec(ABC):
     exclude: str | list[str] | None
     layers: list[int] | None
 
+    def __post_init__(self) -> None:
+        """Check the fields that every method has."""
+        for name, value in {"targets": self.targets, "exclude": self.exclude}.items():
+            entries = [] if value is None else [value] if isinstance(value, str) else value
+            if not isinstance(entries, list) or not all(isinstance(e, str) for e in entries):
+                raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
+        layers = [] if self.layers is None else self.layers
+        if not isinstance(layers, list) or not all(type(n) is int for n in layers):
+            raise ValueError(f"layers must be a list of layer numbers, got {layers!r}")
+
     @abstractmethod
     def build(self, layer: nn.Module, name: str) -> Adapter:
         """Return an adapter for ``layer``, called ``name`` in its model, values not yet set.

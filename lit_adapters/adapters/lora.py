@@ -47,14 +47,20 @@ class LoRA(AdapterSpec):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            if type(rank) is not int or rank < 1:
                 raise ValueError(f"rank must be a positive integer, got {name}={rank!r}")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if not math.isfinite(alpha) or alpha < 0:
+            if not _is_number(alpha) or not 0 <= alpha < 1e30:
                 raise ValueError(f"alpha must be a number of at least 0, got {name}={alpha!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout!r}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"pattern {pattern!r} is not regular: {error}") from error
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
         """Return rank and scale of the module called ``name``, patterns applied."""
@@ -172,6 +178,10 @@ class LoRAAdapter(Adapter):
     def extra_repr(self) -> str:
         """Return rank and scale for ``print(model)``."""
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _as_list(value: int | list[int] | None) -> list[int] | None:
