@@ -37,24 +37,49 @@ _VALIDATION_DIAGONAL: Final = 5
 
 
 @dataclass(frozen=True)
+class Combination:
+    """Two things that meet in a record, such as an entity and an attribute value.
+
+    Attributes:
+        left: The first of them.
+        right: The second of them.
+        split: The only split whose records may contain the two together.
+    """
+
+    left: str
+    right: str
+    split: str
+
+
+@dataclass(frozen=True)
 class Record:
-    """One example together with the combinations that decide which split it belongs to.
+    """One example.
 
     Attributes:
         task: Name of the task.
         instruction: What the model is asked to do.
         input: The text it is asked to do it with.
         output: The expected answer.
-        split: Split that the combinations put the record in.
-        pairs: The combinations themselves, for checking that held-out ones are never trained on.
+        combinations: What meets in the record; this decides which split it belongs to.
     """
 
     task: str
     instruction: str
     input: str
     output: str
-    split: str | None
-    pairs: tuple[tuple[str, str], ...]
+    combinations: tuple[Combination, ...]
+
+    @property
+    def split(self) -> str | None:
+        """The split that may contain the record, or None if there is none.
+
+        A single held-out combination is enough to keep a record out of training. Where a
+        combination held out for validation meets one held out for test, no split may have it.
+        """
+        held_out = {item.split for item in self.combinations if item.split != "train"}
+        if len(held_out) > 1:
+            return None
+        return held_out.pop() if held_out else "train"
 
     def to_json(self) -> str:
         """Return the record as one JSON line without its bookkeeping fields."""
@@ -83,22 +108,6 @@ def cell_split(row: int, column: int) -> str:
     if diagonal == _VALIDATION_DIAGONAL:
         return "validation"
     return "train"
-
-
-def joint_split(splits: Sequence[str]) -> str | None:
-    """Combine the splits of all combinations in a record.
-
-    Args:
-        splits: The split of each combination.
-
-    Returns:
-        ``"train"`` when all combinations are trained on, a held-out split when it is the only
-        held-out one that occurs, and None when two held-out splits meet in one record.
-    """
-    held_out = {split for split in splits if split != "train"}
-    if len(held_out) > 1:
-        return None
-    return held_out.pop() if held_out else "train"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,8 +388,9 @@ def representation_record(rng: random.Random) -> Record:
         instruction=rng.choice(_REPRESENTATION_INSTRUCTIONS),
         input=sentence,
         output=answer,
-        split=joint_split([cell_split(row, column) for _, column in cells]),
-        pairs=tuple((name, value) for value, _ in cells),
+        combinations=tuple(
+            Combination(name, value, cell_split(row, column)) for value, column in cells
+        ),
     )
 
 
@@ -588,8 +598,7 @@ def sql_record(rng: random.Random) -> Record:
         instruction=rng.choice(_SQL_INSTRUCTIONS),
         input=f"Table: {_schema(rng, table)}\nQuestion: {question}",
         output=shape.query.format(**blanks),
-        split=cell_split(row, column),
-        pairs=((table.name, shape.name),),
+        combinations=(Combination(table.name, shape.name, cell_split(row, column)),),
     )
 
 
@@ -766,8 +775,7 @@ def arithmetic_record(rng: random.Random) -> Record:
         instruction=rng.choice(_ARITHMETIC_INSTRUCTIONS),
         input=text,
         output=_solution(story.solve(a, b, c)),
-        split=cell_split(row, column),
-        pairs=((story.name, item),),
+        combinations=(Combination(story.name, item, cell_split(row, column)),),
     )
 
 

@@ -1,5 +1,6 @@
 """``python -m lit_adapters``: choose the half of the command line that is asked for."""
 
+import os
 import sys
 
 OVERVIEW = """\
@@ -47,5 +48,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: unknown command {command!r}; expected one of: {known}")
 
 
+def console() -> None:
+    """Run `main` for a person: what is wrong with the input is one line, not a traceback."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("LIT_ADAPTERS_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(LIT_ADAPTERS_TRACEBACK=1 shows where it was raised)")
+
+
 if __name__ == "__main__":
-    main()
+    console()

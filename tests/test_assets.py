@@ -15,6 +15,7 @@ import lit_adapters
 ASSETS = Path(lit_adapters.__file__).parent / "assets"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SPLITS = ("train", "validation", "test")
+TASKS = ("representation", "sql", "arithmetic")
 FRAME = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -61,6 +62,10 @@ def model():
     return AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32).eval()
 
 
+def pair(combination):
+    return combination.left, combination.right
+
+
 def of_task(records, task):
     return [record for record in records if record["task"] == task]
 
@@ -76,7 +81,9 @@ class TestTasks:
         other = maker.generate(seed=1)
         assert other["test"] != generated["test"]
 
-    @pytest.mark.parametrize(("split", "size"), [("train", 2000), ("validation", 200), ("test", 200)])
+    @pytest.mark.parametrize(
+        ("split", "size"), [("train", 2000), ("validation", 200), ("test", 200)]
+    )
     def test_sizes_are_balanced(self, committed, split, size):
         counts = [len(of_task(committed[split], task)) for task in TASKS]
         assert sum(counts) == size
@@ -94,35 +101,22 @@ class TestTasks:
 
     @pytest.mark.parametrize("split", ["validation", "test"])
     def test_every_held_out_record_has_a_combination_that_training_lacks(self, generated, split):
-        trained = {pair for record in generated["train"] for pair in record.pairs}
-        assert all(set(record.pairs) - trained for record in generated[split])
+        trained = {pair(c) for record in generated["train"] for c in record.combinations}
+        assert all(set(map(pair, record.combinations)) - trained for record in generated[split])
 
-    def test_validation_and_test_hold_out_different_combinations(self, generated):
-        trained = {pair for record in generated["train"] for pair in record.pairs}
-        held = {
-            split: {pair for record in generated[split] for pair in record.pairs} - trained
-            for split in ("validation", "test")
-        }
-        # A combination of a held-out record may be a trained kind that training happens to lack,
-        # so the comparison is between those that made the records held-out.
-        assert not any(
-            record.split != split for split in SPLITS for record in generated[split]
-        )
-        own = {
-            split: {
-                pair
-                for record in generated[split]
-                for pair in record.pairs
-                if len(record.pairs) == 1
-            }
-            for split in held
-        }
-        assert own["validation"] and own["test"]
-        assert not own["validation"] & own["test"]
+    @pytest.mark.parametrize("split", ["validation", "test"])
+    def test_held_out_combinations_stay_in_their_split(self, generated, split):
+        for other in set(SPLITS) - {split}:
+            met = [c.split for record in generated[other] for c in record.combinations]
+            assert split not in met
 
-    def test_held_out_names_and_values_read_from_the_answers_never_met_in_training(
-        self, committed
-    ):
+    def test_parts_of_held_out_combinations_are_trained_on(self, generated):
+        combinations = [c for record in generated["train"] for c in record.combinations]
+        parts = {c.left for c in combinations} | {c.right for c in combinations}
+        for record in generated["test"]:
+            assert {part for c in record.combinations for part in pair(c)} <= parts
+
+    def test_held_out_names_and_values_read_from_the_answers_never_met_in_training(self, committed):
         def pairs(record):
             name = re.search(r"name\[(.*?)\]", record["output"]).group(1)
             said = re.findall(r"(\w+)\[(.*?)\]|, (\w+)\)", record["output"])
@@ -167,9 +161,6 @@ class TestTasks:
                 }[operator]
                 assert int(result) == expected
             assert last == f"#### {result}"
-
-
-TASKS = ("representation", "sql", "arithmetic")
 
 
 class TestUnlabelledText:
@@ -291,9 +282,7 @@ class TestModel:
         records = [record for task in TASKS for record in of_task(committed["test"], task)[:8]]
         prompts = [FRAME.format_map(record) for record in records]
         tokenizer.padding_side = "left"
-        batch = tokenizer(
-            prompts, return_tensors="pt", padding=True, return_token_type_ids=False
-        )
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
         output = model.generate(**batch, max_new_tokens=48, do_sample=False)
         answers = tokenizer.batch_decode(
             output[:, batch.input_ids.shape[1] :], skip_special_tokens=True

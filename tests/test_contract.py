@@ -750,6 +750,14 @@ def test_gradients_reach_the_layers_input(kind, dtype):
     close(x.grad.float(), expected, 1e-5 if dtype == torch.float32 else 3e-2)
 
 
+def test_the_padding_token_of_an_embedding_is_not_trained():
+    model = one_layer("embedding-padding")
+    attach(model, LoRA(rank=3, targets=["layer"]))
+    model(torch.tensor([[0, 5, 0, 9]])).sum().backward()
+    touched = model.layer.adapter.lora_A.grad.abs().sum(0).nonzero().flatten()
+    assert touched.tolist() == [5, 9]
+
+
 # ---------------------------------------------------------------- weights: dense fp32 (out, in)
 
 

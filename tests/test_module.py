@@ -77,7 +77,7 @@ def in_batches(rows, size):
 
 
 def sgd(groups):
-    return torch.optim.SGD(groups, lr=0.5)
+    return torch.optim.SGD(groups, lr=0.1)
 
 
 def adamw(groups):
@@ -303,7 +303,8 @@ def test_logged_loss_and_gradient_are_the_mean_over_trained_tokens(tmp_path):
             found = module.model.get_parameter(name).grad
             torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
             norms.append(parameter.grad.norm())
-    assert trainer.logger["train/grad_norm"] == pytest.approx([torch.stack(norms).norm()], rel=1e-4)
+    norm = torch.stack(norms).norm().item()
+    assert trainer.logger["train/grad_norm"] == pytest.approx([norm], rel=1e-4)
 
 
 def test_nll_is_summed_over_the_trained_tokens():
@@ -355,10 +356,11 @@ def test_a_window_without_trained_tokens_changes_nothing(tmp_path):
 def test_gradient_checkpointing_changes_memory_and_no_number(tmp_path, build, precision):
     runs = []
     for checkpointing in (False, True):
+        torch.manual_seed(0)
         base = build(resid_pdrop=0.1) if build is gpt2 else build()
         calls = []
         first = base.get_submodule("model.layers.0.mlp" if build is llama else "transformer.h.0.mlp")
-        first.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         module = make(
             base,
             adapter=LoRA(rank=4, dropout=0.1),
@@ -730,6 +732,7 @@ def test_the_check_does_not_shift_random_choices(tmp_path, monkeypatch):
     for check in (True, False):
         if not check:
             monkeypatch.setattr(lit_adapters.module, "check_adapters_fire", lambda *_: None)
+        torch.manual_seed(0)
         module = make(gpt2(resid_pdrop=0.2), adapter=LoRA(rank=4, dropout=0.2))
         module.configure_model()
         torch.manual_seed(5)

@@ -1,0 +1,238 @@
+"""The command line as a user meets it: one small run, then every command on what it wrote."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_adapters import load_adapter
+from lit_adapters.__main__ import TRAINING, USING, main
+from lit_adapters.base_model import load_base, resolve_base
+from lit_adapters.data import alpaca_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "alpaca_lora.yaml"
+STORIES = ROOT.parent / "shared" / "models" / "stories260k"
+ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
+
+pytestmark = [
+    # torch's own, when a trainer writes TensorBoard files from a process that pytest started
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*Experiment logs directory"),
+    pytest.mark.filterwarnings("ignore:.*Be aware that when using `ckpt_path`"),
+]
+
+
+def run(*arguments: str | Path) -> None:
+    """The command line in this process, as if called with these arguments."""
+    words = [str(a) for a in arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lit_adapters", *words])
+        main()
+
+
+def fit_arguments(root: Path, *more: str) -> list[str | Path]:
+    small = ["--data.train_limit=96", "--samples.limit=6", "--samples.max_new_tokens=24"]
+    quiet = ["--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=4"]
+    return ["fit", "--config", CONFIG, f"--trainer.default_root_dir={root}", *small, *quiet, *more]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A finished `fit`: the folder of its checkpoints."""
+    root = tmp_path_factory.mktemp("fit")
+    run(*fit_arguments(root))
+    (checkpoints,) = root.glob("lightning_logs/version_0/checkpoints")
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def adapter(fitted):
+    return fitted / "adapter"
+
+
+def test_the_overview_lists_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys; from lit_adapters.__main__ import main; main(['--help']);"
+        "print({'torch', 'lightning', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in (*TRAINING, *USING):
+        assert f"  {command} " in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_an_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit, match="fitt.*fit, validate"):
+        main(["fitt"])
+
+
+def test_fit_writes_checkpoints_logs_samples_and_the_config(fitted):
+    version = fitted.parent
+    assert {p.name for p in fitted.iterdir()} == {"adapter", "best.ckpt", "last.ckpt"}
+    names = {p.name for p in version.iterdir()}
+    assert {"config.yaml", "hparams.yaml", "metrics.csv", "samples.jsonl"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    rows = [json.loads(line) for line in (version / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert rows[0].keys() == {"task", "prompt", "expected", "before", "after", "match"}
+
+
+def test_fit_shows_sizes_losses_answers_and_how_to_resume(tmp_path, capsys):
+    run(*fit_arguments(tmp_path, "--trainer.max_steps=2"))
+    shown = capsys.readouterr().out
+    for words in ("trainable parameters", "Before and after", "Exact match", "--ckpt_path"):
+        assert words in shown
+
+
+def test_without_validation_nothing_is_generated(tmp_path, capsys):
+    run(*fit_arguments(tmp_path, "--trainer.max_steps=2", "--trainer.limit_val_batches=0"))
+    shown = capsys.readouterr().out
+    assert "Before and after" not in shown
+    assert not list(tmp_path.rglob("samples.jsonl"))
+    assert list(tmp_path.rglob("adapter/adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_checkpoint_is_evaluated(fitted, tmp_path, command, capsys):
+    run(
+        command, "--config", CONFIG, f"--ckpt_path={fitted / 'best.ckpt'}", "--samples.limit=3",
+        "--trainer.limit_test_batches=2", "--trainer.limit_val_batches=2",
+        f"--trainer.default_root_dir={tmp_path}", "--samples.max_new_tokens=8",
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    stage = {"validate": "val", "test": "test"}[command]
+    for name in ("loss", "perplexity", "token_accuracy"):
+        assert f"{stage}/{name}" in shown
+
+
+def test_predictions_are_written_in_order_with_prompt_and_reference(fitted, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    run(
+        "predict", "--config", CONFIG, f"--ckpt_path={fitted / 'best.ckpt'}",
+        "--trainer.limit_predict_batches=2", f"--trainer.default_root_dir={tmp_path}",
+        "--model.max_new_tokens=8", f"--predictions.path={file}",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 16
+    assert all(row.keys() == {"prompt", "prediction", "reference"} for row in rows)
+    test_file = ROOT / "lit_adapters" / "assets" / "tasks" / "test.jsonl"
+    records = [json.loads(line) for line in test_file.read_text().splitlines()]
+    assert [row["reference"] for row in rows] == [r["output"] for r in records[:16]]
+
+
+def greedy(model, prompt, tokens=12):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("tiny"))
+    ids = tokenizer(prompt, return_tensors="pt")
+    made = model.eval().generate(**ids, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def with_adapter(adapter):
+    model = load_base("tiny")
+    load_adapter(model, adapter)
+    return model
+
+
+PROMPT = "Write the meaning of the text as a function call."
+INPUT = "Blue Lamp serves Thai food."
+
+
+def test_generate_answers_a_prompt_with_the_adapter(adapter, capsys):
+    run(
+        "generate", "--adapter", adapter, "--prompt", PROMPT, "--input", INPUT,
+        "--max_new_tokens=12",
+    )  # fmt: skip
+    expected = greedy(with_adapter(adapter), alpaca_prompt(PROMPT, INPUT))
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_generate_answers_every_line_of_a_file_as_json(adapter, tmp_path, capsys):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"instruction": PROMPT, "input": INPUT}) + "\n" * 2
+                    + json.dumps({"instruction": PROMPT}) + "\n")  # fmt: skip
+    run("generate", "--adapter", adapter, "--file", file, "--max_new_tokens=4", "--json_output=true")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["instruction"], row["input"]) for row in rows] == [(PROMPT, INPUT), (PROMPT, "")]
+
+
+def test_generate_reads_prompts_from_a_pipe():
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_adapters", "generate", "--raw=true", "--max_new_tokens=3"],
+        input="The function returns\nIf you\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert len(done.stdout.strip().splitlines()) >= 2
+
+
+def test_a_broken_line_of_a_prompt_file_is_named(adapter, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"instruction": "a"}\n{"question": "b"}\n')
+    with pytest.raises(ValueError, match="line 2.*instruction"):
+        run("generate", "--adapter", adapter, "--file", file)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merge_writes_a_stock_model_of_the_same_answers(adapter, tmp_path, dtype):
+    run("merge", "--adapter", adapter, "--output", tmp_path / "merged", f"--dtype={dtype}")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == getattr(torch, dtype)
+    assert merged.state_dict().keys() == load_base("tiny").state_dict().keys()
+    prompt = alpaca_prompt(PROMPT, INPUT)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(prompt, return_tensors="pt")
+    ours = with_adapter(adapter)
+    tolerance = {"float32": 1e-5, "bfloat16": 0.3}[dtype]
+    with torch.no_grad():
+        difference = (merged.float()(**ids).logits - ours(**ids).logits).abs().max()
+    assert difference <= tolerance
+
+
+def test_a_merged_folder_is_a_base_like_any_other(adapter, tmp_path, capsys):
+    run("export", "--adapter", adapter, "--output", tmp_path / "hf", "--format=hf")
+    capsys.readouterr()
+    run("generate", "--base", tmp_path / "hf", "--prompt", PROMPT, "--input", INPUT,
+        "--max_new_tokens=12")  # fmt: skip
+    expected = greedy(with_adapter(adapter), alpaca_prompt(PROMPT, INPUT))
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_an_exported_folder_loads_in_peft_to_the_same_logits(adapter, tmp_path):
+    peft = pytest.importorskip("peft")
+    run("export", "--adapter", adapter, "--output", tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(load_base("tiny"), tmp_path / "peft").eval()
+    ours = with_adapter(adapter)
+    ids = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids).logits).abs().max() <= 1e-6
+
+
+def test_an_unknown_option_is_refused_by_name(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        run(*fit_arguments(tmp_path, "--model.adapter.rnk=4"))
+    assert "rnk" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="needs the shared pretrained model")
+def test_the_same_command_runs_on_a_real_model_and_real_records(tmp_path):
+    run(
+        "fit", "--config", CONFIG, f"--model.base={STORIES}", f"--data.path={ALPACA}",
+        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=24", "--samples.limit=4",
+        "--samples.max_new_tokens=16", "--trainer.log_every_n_steps=1", "--data.max_length=256",
+        "--trainer.limit_val_batches=4",
+    )  # fmt: skip
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    header, *lines = metrics.read_text().splitlines()
+    column = header.split(",").index("train/loss")
+    losses = [float(v) for line in lines if (v := line.split(",")[column])]
+    assert len(losses) == 24
+    assert sum(losses[-6:]) / 6 < sum(losses[:6]) / 6 - 0.1
+    model = load_base(str(STORIES))
+    (folder,) = tmp_path.rglob("adapter")
+    load_adapter(model, folder)
