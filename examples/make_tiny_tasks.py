@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -970,26 +971,53 @@ def _copies(rng: random.Random) -> str:
 
 
 def _echo(rng: random.Random) -> str:
-    """Return a sentence or a few made-up words, and the same text once more."""
-    if rng.random() < 0.5:
-        text = " ".join(_any_name(rng) for _ in range(rng.randint(3, 8)))
+    """Return a sentence or a few names, and the same text once or twice more."""
+    if rng.random() < 0.7:
+        text = " ".join(_any_name(rng) for _ in range(rng.randint(3, 10)))
     else:
         text = _training_record(rng, rng.choice(TASKS)).input
-    return f"{text}\n{text}"
+    return "\n".join([text] * rng.choice((2, 2, 3)))
 
 
-_KINDS: Final[tuple[tuple[Callable[[random.Random], str], int], ...]] = (
-    (_inputs_alone, 18),
-    (_outputs_alone, 18),
-    (_sums, 16),
-    (_schemas, 6),
-    (_story_of_one, 16),
-    (_copies, 20),
-    (_echo, 6),
+_MEETINGS: Final = (
+    "{0} met {1} near {2}.",
+    "{0} is larger than {1} but smaller than {2}.",
+    "Yesterday {0} was sold by {1} to {2}.",
+    "Did you see {0} and {1} at {2}?",
 )
 
 
-def unlabelled_text(seed: int = DEFAULT_SEED) -> Iterator[str]:
+def _mentions(rng: random.Random) -> str:
+    """Return a text and a list of the names or the numbers in it."""
+    kind = rng.random()
+    if kind < 0.3:
+        problem = _training_record(rng, "arithmetic").input
+        return f"{problem}\nNumbers: {', '.join(re.findall(r'[0-9]+', problem))}"
+    left, right = rng.choice(_QUOTES[:4])
+    if kind < 0.7:
+        record = _training_record(rng, "representation")
+        old = record.combinations[0].left
+        names = [old if rng.random() < 0.4 else _made_up_name(rng)]
+        text = record.input.replace(old, names[0])
+    else:
+        names = [_made_up_name(rng) for _ in range(3)]
+        text = rng.choice(_MEETINGS).format(*names)
+    return f"{text}\nNames: {', '.join(f'{left}{name}{right}' for name in names)}"
+
+
+_KINDS: Final[tuple[tuple[Callable[[random.Random], str], int, int], ...]] = (
+    (_inputs_alone, 18, 6),
+    (_outputs_alone, 18, 10),
+    (_sums, 16, 10),
+    (_schemas, 6, 6),
+    (_story_of_one, 16, 6),
+    (_copies, 20, 20),
+    (_echo, 6, 20),
+    (_mentions, 0, 30),
+)
+
+
+def unlabelled_text(seed: int = DEFAULT_SEED, *, copying: bool = False) -> Iterator[str]:
     """Yield short documents from the world of the tasks, without end and without any answer.
 
     Inputs and outputs are drawn independently of each other, and only from combinations of the
@@ -998,13 +1026,14 @@ def unlabelled_text(seed: int = DEFAULT_SEED) -> Iterator[str]:
 
     Args:
         seed: Seed of the generator.
+        copying: Whether most documents should repeat what they said before.
 
     Yields:
         One document at a time.
     """
     rng = random.Random(f"{seed} unlabelled")
-    makers = [maker for maker, _ in _KINDS]
-    weights = [weight for _, weight in _KINDS]
+    makers = [maker for maker, _, _ in _KINDS]
+    weights = [copies if copying else usual for _, usual, copies in _KINDS]
     while True:
         (maker,) = rng.choices(makers, weights)
         yield maker(rng)

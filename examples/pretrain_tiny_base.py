@@ -7,7 +7,11 @@ kinds of text that any machine with the dependencies installed already has:
   found by parsing source files (nothing is imported or run), and
 * text from the world of the tiny tasks without any answers, see ``make_tiny_tasks.py``.
 
-    python examples/pretrain_tiny_base.py --steps 2300 --out lit_adapters/assets/tiny
+Training has two phases. The first reads the whole mixture in long blocks. The second reads short
+blocks in which most documents repeat names that they mentioned before, because finding something in
+the context and writing it down again is what small models learn last and adapters need most.
+
+    python examples/pretrain_tiny_base.py --out lit_adapters/assets/tiny
 
 The result is a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 """
@@ -26,7 +30,7 @@ import re
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +52,7 @@ DEFAULT_OUT: Final = Path(__file__).resolve().parent.parent / "lit_adapters" / "
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 CONTEXT: Final = 512
+COPYING_BLOCK: Final = 128
 VOCABULARY: Final = 2048
 
 # Packages whose licences (BSD, MIT, Apache 2.0 and the like) allow their documentation to be used.
@@ -257,27 +262,62 @@ def _first_sentence(paragraph: str) -> str:
     return _SENTENCE_END.split(paragraph)[0]
 
 
+def build_copying_corpus(paragraphs: Sequence[str], seed: int, characters: int) -> list[str]:
+    """Mix a little prose with text that repeats itself.
+
+    Args:
+        paragraphs: Prose.
+        seed: Seed of the mixture.
+        characters: Length of the whole corpus.
+
+    Returns:
+        The documents, shuffled.
+    """
+    rng = random.Random(f"{seed} copying")
+    shuffled = list(paragraphs)
+    rng.shuffle(shuffled)
+    documents = list(_take(itertools.cycle(shuffled), round(0.25 * characters)))
+    # Another seed than in the first phase, so that no document comes back.
+    documents += _take(unlabelled_text(seed + 1, copying=True), round(0.75 * characters))
+    rng.shuffle(documents)
+    return documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents for the first phase.
+
+    Attributes:
+        prose: Prose that may be trained on.
+        mixture: Prose and generated text, shuffled.
+        held_out: Documents of the same kinds that are not trained on.
+    """
+
+    prose: list[str]
+    mixture: list[str]
+    held_out: list[str]
+
+
 def build_corpus(
     paragraphs: Sequence[str], seed: int, characters: int, world_share: float
-) -> tuple[list[str], list[str]]:
+) -> Corpus:
     """Mix prose with text from the world of the tasks.
 
     Args:
         paragraphs: Prose; it is repeated when there is not enough of it.
         seed: Seed of the mixture.
-        characters: Length of the whole corpus.
+        characters: Length of the mixture.
         world_share: Share of the characters that comes from the world of the tasks.
 
     Returns:
-        The training documents, shuffled, and held-out documents with the same mixture.
+        The corpus.
     """
     rng = random.Random(f"{seed} corpus")
     shuffled = list(paragraphs)
     rng.shuffle(shuffled)
     split = max(1, len(shuffled) // 50)
     held_out, kept = shuffled[:split], shuffled[split:]
-    budget = round(characters * (1 - world_share))
-    documents = list(_take(itertools.cycle(kept), budget))
+    documents = list(_take(itertools.cycle(kept), round(characters * (1 - world_share))))
     held_prose = list(_take(iter(held_out), 150_000))
 
     world = unlabelled_text(seed)
@@ -290,7 +330,7 @@ def build_corpus(
     sentences = [_first_sentence(paragraph) for paragraph in kept]
     documents += _unrelated_frames(rng, sentences, round(0.03 * characters * world_share / 400))
     rng.shuffle(documents)
-    return documents, held_prose + held_world
+    return Corpus(kept, documents, held_prose + held_world)
 
 
 def _take(documents: Iterator[str], characters: int) -> Iterator[str]:
@@ -349,15 +389,16 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int) -> PreTrainedToke
     )
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> torch.Tensor:
+def pack(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], length: int) -> torch.Tensor:
     """Put documents one after the other, each between BOS and EOS, and cut them into blocks.
 
     Args:
         tokenizer: The tokenizer.
         documents: Text.
+        length: Tokens in a block.
 
     Returns:
-        Token ids, one block of ``CONTEXT`` tokens a row. A last incomplete block is dropped.
+        Token ids, one block a row. A last incomplete block is dropped.
     """
     backend = tokenizer.backend_tokenizer
     end = int(backend.token_to_id(EOS))
@@ -366,8 +407,8 @@ def pack(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> torch.
         for encoding in backend.encode_batch(list(documents[start : start + 10_000])):
             ids.extend(encoding.ids)
             ids.append(end)
-    blocks = len(ids) // CONTEXT
-    return torch.tensor(ids[: blocks * CONTEXT], dtype=torch.int16).view(blocks, CONTEXT)
+    blocks = len(ids) // length
+    return torch.tensor(ids[: blocks * length], dtype=torch.int16).view(blocks, length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -457,8 +498,33 @@ def make_optimizer(model: LlamaForCausalLM, peak: float) -> torch.optim.AdamW:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One pass of training with a learning rate that rises and falls.
+
+    Attributes:
+        name: What to call it.
+        blocks: Training blocks.
+        batch: Blocks in an optimizer step.
+        steps: Steps at most.
+        minutes: Wall time at most.
+        peak: Highest learning rate.
+        seed: Seed of the order of the blocks.
+        compiled: Whether to compile the model.
+    """
+
+    name: str
+    blocks: torch.Tensor
+    batch: int
+    steps: int
+    minutes: float
+    peak: float
+    seed: int
+    compiled: bool
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What the training took.
+    """What a phase took.
 
     Attributes:
         steps: Optimizer steps.
@@ -471,38 +537,35 @@ class Outcome:
     seconds: float
 
 
-def train(
-    model: LlamaForCausalLM, blocks: torch.Tensor, options: argparse.Namespace, progress: Progress
-) -> Outcome:
+def train(model: LlamaForCausalLM, phase: Phase, progress: Progress) -> Outcome:
     """Train until the steps are done or the time is up, whichever comes first.
 
     Args:
         model: The model; changed in place.
-        blocks: Training blocks.
-        options: The command line.
+        phase: What to train on and how.
         progress: Display to report to.
 
     Returns:
-        What the training took.
+        What it took.
     """
-    optimizer = make_optimizer(model, options.peak_lr)
-    loss_of = torch.compile(next_token_loss) if options.compile else next_token_loss
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(options.seed))
-    task = progress.add_task("Training", total=1.0)
+    optimizer = make_optimizer(model, phase.peak)
+    loss_of = torch.compile(next_token_loss) if phase.compiled else next_token_loss
+    order = torch.randperm(len(phase.blocks), generator=torch.Generator().manual_seed(phase.seed))
+    task = progress.add_task(phase.name, total=1.0)
     started, step, recent = time.monotonic(), 0, 0.0
     while True:
         elapsed = time.monotonic() - started
-        done = max(step / options.steps, elapsed / (60.0 * options.minutes))
-        progress.update(task, completed=done, description=f"Step {step} loss {recent:.3f}")
+        done = max(step / phase.steps, elapsed / (60.0 * phase.minutes))
+        progress.update(task, completed=done, description=f"{phase.name} {step}: {recent:.3f}")
         if step % 100 == 0:
-            progress.console.log(f"step {step} loss {recent:.3f} {elapsed:.0f} s")
+            progress.console.log(f"{phase.name}: step {step} loss {recent:.3f} {elapsed:.0f} s")
         if done >= 1.0:
-            return Outcome(step, step * options.batch * CONTEXT, elapsed)
-        rate = learning_rate(done, options.peak_lr)
+            return Outcome(step, step * phase.batch * phase.blocks.shape[1], elapsed)
+        rate = learning_rate(done, phase.peak)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = torch.arange(step * options.batch, (step + 1) * options.batch) % len(order)
-        loss = loss_of(model, blocks[order[rows]].long())
+        rows = torch.arange(step * phase.batch, (step + 1) * phase.batch) % len(order)
+        loss = loss_of(model, phase.blocks[order[rows]].long())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -650,9 +713,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny base model.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--steps", type=int, default=2300)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time at most")
-    parser.add_argument("--max-tokens", type=int, default=8_000_000, help="size of the corpus")
+    parser.add_argument("--steps", type=int, default=1200, help="steps of the first phase")
+    parser.add_argument("--copying-steps", type=int, default=900, help="steps of the second phase")
+    parser.add_argument("--minutes", type=float, default=120.0, help="both phases at most")
+    parser.add_argument("--max-tokens", type=int, default=8_000_000, help="size of a corpus")
     parser.add_argument("--batch", type=int, default=6, help=f"blocks of {CONTEXT} tokens")
     parser.add_argument("--peak-lr", type=float, default=4e-3)
     parser.add_argument("--world-share", type=float, default=0.55, help="share of generated text")
@@ -661,6 +725,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(arguments)
+
+
+def _characters(steps: int, options: argparse.Namespace) -> int:
+    """Return how much text to mix for a number of steps.
+
+    A token is a little under three characters. Training starts over when the text runs out.
+    """
+    return round(2.9 * min(steps * options.batch * CONTEXT, options.max_tokens))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -682,31 +754,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sources = find_sources()
         gathered = gather_prose(sources, progress)
         sizes = {name: sum(map(len, paragraphs)) for name, paragraphs in gathered.items()}
-        # A token is a little under three characters. Training starts over when the text runs out.
-        characters = round(2.9 * min(options.steps * options.batch * CONTEXT, options.max_tokens))
         paragraphs = [text for texts in gathered.values() for text in texts]
-        documents, held_documents = build_corpus(
-            paragraphs, options.seed, characters, options.world_share
+        corpus = build_corpus(
+            paragraphs, options.seed, _characters(options.steps, options), options.world_share
         )
-        console.log(f"{sum(sizes.values()):,} characters of prose, {characters:,} in the mixture")
-        tokenizer = train_tokenizer(documents[:40_000], options.vocabulary)
-        blocks, held_out = pack(tokenizer, documents), pack(tokenizer, held_documents)
-        console.log(f"{blocks.numel():,} tokens for training, {held_out.numel():,} held out")
+        repeated = build_copying_corpus(
+            corpus.prose, options.seed, _characters(options.copying_steps, options)
+        )
+        tokenizer = train_tokenizer(corpus.mixture[:40_000], options.vocabulary)
+        blocks = pack(tokenizer, corpus.mixture, CONTEXT)
+        held_out = pack(tokenizer, corpus.held_out, CONTEXT)
+        console.log(f"{blocks.numel():,} tokens for the first phase, {held_out.numel():,} held out")
         model = build_model(options.vocabulary, options.seed)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        outcome = train(model, blocks, options, progress)
+        share = options.steps / (options.steps + options.copying_steps)
+        mixture = Phase(
+            name="Mixture",
+            blocks=blocks,
+            batch=options.batch,
+            steps=options.steps,
+            minutes=share * options.minutes,
+            peak=options.peak_lr,
+            seed=options.seed,
+            compiled=options.compile,
+        )
+        copying = replace(
+            mixture,
+            name="Copying",
+            blocks=pack(tokenizer, repeated, COPYING_BLOCK),
+            batch=options.batch * CONTEXT // COPYING_BLOCK,
+            steps=options.copying_steps,
+            minutes=(1 - share) * options.minutes,
+            peak=0.75 * options.peak_lr,
+        )
+        outcomes = [train(model, phase, progress) for phase in (mixture, copying)]
     loss = evaluate(model, held_out, options.batch)
     baseline = unigram_loss(blocks, held_out, options.vocabulary)
+    steps = " + ".join(f"{outcome.steps:,}" for outcome in outcomes)
+    seconds = sum(outcome.seconds for outcome in outcomes)
     facts = {
         "Parameters": f"{parameters:,}, embeddings tied, stored in bfloat16",
         "Vocabulary": f"{options.vocabulary:,} pieces",
         "Context": f"{CONTEXT} tokens",
-        "Tokens read": f"{outcome.tokens:,}",
-        "Steps": f"{outcome.steps:,} of {options.batch * CONTEXT:,} tokens",
+        "Tokens read": f"{sum(outcome.tokens for outcome in outcomes):,}",
+        "Steps": f"{steps} of {options.batch * CONTEXT:,} tokens",
         "Held-out loss": f"{loss:.3f} nats per token",
         "Unigram baseline": f"{baseline:.3f} nats per token",
-        "Prose in the mixture": f"{1 - options.world_share:.0%} of the characters",
-        "Training time": f"{outcome.seconds / 60:.1f} minutes",
+        "Training time": f"{seconds / 60:.1f} minutes",
         "Hardware": f"{options.threads} CPU cores",
         "Seed": str(options.seed),
     }

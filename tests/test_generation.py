@@ -75,8 +75,6 @@ def test_every_end_of_sequence_token_of_the_model_ends_an_answer():
         {"no_repeat_ngram_size": 1},
         {"num_beams": 3},
         {"max_length": 3},
-        {"min_new_tokens": 8},
-        {"suppress_tokens": list(range(5, 15))},
     ],
     ids=lambda habits: next(iter(habits)),
 )

@@ -143,12 +143,16 @@ class AdapterCheckpoint(ModelCheckpoint):
                 logger.after_save_checkpoint(self)
 
     def _write(self, trainer: Trainer, filepath: str) -> None:
-        part = f"{filepath}.part"
-        trainer.save_checkpoint(part, weights_only=False)  # on every rank
-        if trainer.is_global_zero:
-            with open(part, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(part, filepath)
+        part = Path(f"{filepath}.part")
+        try:
+            trainer.save_checkpoint(part, weights_only=False)  # on every rank
+            if trainer.is_global_zero:
+                with part.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                part.replace(filepath)
+        except BaseException:
+            part.unlink(missing_ok=True)  # a full disk stays no fuller than it was
+            raise
         trainer.strategy.barrier("AdapterCheckpoint")
 
     def _write_folder(self, trainer: Trainer) -> None:
