@@ -29,7 +29,7 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
         yield part
         files = sorted(part.iterdir(), key=lambda file: file.name == WEIGHTS)  # weights last
         for file in files:
-            with file.open("rb") as handle:
+            with file.open("r+b") as handle:
                 os.fsync(handle.fileno())
         weights = folder / WEIGHTS
         if any(_differs(part / name, folder / name) for name in (CONFIG, EXTRA)):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_adapters.data.tokens import leading_ids
 from lit_adapters.losses import IGNORE
 
 
@@ -32,7 +33,9 @@ def generate(
         batch_size: Prompts at a time; they are sorted by length, so padding is small.
         progress: Called with the number of prompts that were just answered.
     """
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    before = leading_ids(tokenizer)
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [i if i[: len(before)] == before else before + i for i in ids]
     return generate_from_ids(
         model, tokenizer, ids, max_new_tokens, temperature, batch_size, progress
     )
@@ -51,6 +54,7 @@ def generate_from_ids(
     config = _generation_config(model, tokenizer, max_new_tokens, temperature)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
+    own, model.generation_config = model.generation_config, config
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -67,6 +71,7 @@ def generate_from_ids(
             if progress is not None:
                 progress(len(chosen))
     finally:
+        model.generation_config = own
         for module, training in modes.items():
             module.training = training
     return answers

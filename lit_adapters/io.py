@@ -36,8 +36,9 @@ Parsed = TypeVar("Parsed")
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """Write the adapters of ``model`` as a folder that PEFT reads as well.
 
-    Every file is written beside its place under a temporary name first; a failure (disk full) or a
-    kill leaves the previous files whole. Weights are fp32 safetensors.
+    Every file is written beside its place under a temporary name first, so a full disk leaves the
+    previous files whole; a kill between the renames never leaves old weights with new settings.
+    Weights are fp32 safetensors.
 
     Raises:
         ValueError: if the model holds no adapters.

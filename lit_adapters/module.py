@@ -67,7 +67,9 @@ class AdapterFineTuneModule(LightningModule):
         max_new_tokens: int = 128,
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base = base if isinstance(base, str) else None
+        if isinstance(base, nn.Module):
+            self.model = cast(PreTrainedModel, base)  # once: two names would be saved twice
         self.adapter = spec_from_plain(adapter) if isinstance(adapter, Mapping) else adapter
         self.optimizer_factory = optimizer or default_optimizer
         self.lr_scheduler = lr_scheduler
@@ -80,6 +82,7 @@ class AdapterFineTuneModule(LightningModule):
         self._tokenizer = tokenizer
         self._built = False
         self._adapters_checked = False
+        self._optimizer_logged = False
         self.window = TokenWindow()
         self.evaluated = nn.ModuleDict({name: SumMetric() for name in ("nll", "tokens", "correct")})
         # Adapter-only checkpoints leave the base out on purpose; `check_trained` is the strict one.
@@ -90,7 +93,7 @@ class AdapterFineTuneModule(LightningModule):
                 "base": base if isinstance(base, str) else None,
                 "adapter": spec_to_plain(self.adapter),
                 "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
-                "lr_scheduler": lr_scheduler if isinstance(lr_scheduler, str) else None,
+                "lr_scheduler": lr_scheduler if isinstance(lr_scheduler, str) else "cosine",
                 "warmup": warmup,
                 "gradient_checkpointing": gradient_checkpointing,
                 "dtype": dtype,
@@ -105,7 +108,7 @@ class AdapterFineTuneModule(LightningModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when first asked for."""
-        if self._tokenizer is None and not isinstance(self.base, str):
+        if self._tokenizer is None and self.base is None:
             raise ValueError(
                 "the base was passed in as a model, so its tokenizer is unknown; pass "
                 "tokenizer=... to AdapterFineTuneModule or to the data module"
@@ -119,18 +122,21 @@ class AdapterFineTuneModule(LightningModule):
         """Load the base, attach the adapter, run an `InitAdapters` callback; once."""
         if self._built:
             return
-        if isinstance(self.base, str):
+        if self.base is not None:
             self.model = load_base(
                 self.base, self._base_dtype(), self.revision, self.attn_implementation
             )
-        else:
-            self.model = cast(PreTrainedModel, self.base)
         attach(self.model, self.adapter)
         for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
             if isinstance(callback, InitAdapters):
                 callback.initialise(self.model, self.trainer)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(  # its name from transformers 5.2x on
+                self.model,
+                "activation_checkpointing_enable",
+                self.model.gradient_checkpointing_enable,
+            )
+            enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
         self._built = True
@@ -181,6 +187,8 @@ class AdapterFineTuneModule(LightningModule):
     def on_fit_start(self) -> None:
         """Tell every logger what is trained and how large the parts are."""
         self._adapters_checked = False
+        self._optimizer_logged = False
+        self.window = TokenWindow()
         sizes = footprint(self.model)
         self._log_once(
             {
@@ -222,7 +230,8 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the size of the optimizer's state once it exists."""
-        if self.trainer.global_step == 1:
+        if not self._optimizer_logged and any(o.state for o in self.trainer.optimizers):
+            self._optimizer_logged = True
             size = sum(optimizer_bytes(o) for o in self.trainer.optimizers)
             self._log_once({"bytes/optimizer": size})
 
@@ -231,8 +240,14 @@ class AdapterFineTuneModule(LightningModule):
         optimizer = self.optimizer_factory(parameter_groups(self.model))
         if str(self.trainer.precision) != "16-mixed":  # there, fused steps cannot be clipped
             fuse(optimizer)
-        total = int(self.trainer.estimated_stepping_batches)
         if isinstance(self.lr_scheduler, str):
+            total = self.trainer.estimated_stepping_batches
+            if total == float("inf") and (self.lr_scheduler != "constant" or 0 < self.warmup < 1):
+                raise ValueError(
+                    f"lr_scheduler={self.lr_scheduler!r} with warmup={self.warmup} needs to know "
+                    "the last step, and this run has none; set max_steps or max_epochs, or take "
+                    "lr_scheduler='constant' with warmup in steps"
+                )
             schedule: Any = warmup_then(self.lr_scheduler, optimizer, total, self.warmup)
         else:
             schedule = self.lr_scheduler(optimizer)
@@ -242,6 +257,14 @@ class AdapterFineTuneModule(LightningModule):
         }
 
     # --- evaluation ------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget an evaluation that was broken off."""
+        with torch.inference_mode(False):
+            for metric in self.evaluated.values():
+                cast(SumMetric, metric).reset()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the sums."""
@@ -261,8 +284,7 @@ class AdapterFineTuneModule(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         metrics = [cast(SumMetric, metric) for metric in self.evaluated.values()]
         nll, tokens, correct = (metric.compute() for metric in metrics)
-        for metric in metrics:
-            metric.reset()
+        self.on_validation_epoch_start()
         loss = nll / tokens
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
@@ -273,6 +295,14 @@ class AdapterFineTuneModule(LightningModule):
         return answer(self.model, self.tokenizer, batch, self.max_new_tokens)
 
     # --- checkpoints -----------------------------------------------------------------------------
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load without listing the frozen base, which is left out on purpose, as missing."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        kept = keep_trained(self, dict.fromkeys(found.missing_keys))
+        return type(found)(list(kept), found.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen base out, whichever callback saves."""

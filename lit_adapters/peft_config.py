@@ -44,9 +44,12 @@ def spec_from_peft(config: Mapping[str, Any]) -> AdapterSpec:
                 "know that it changes nothing"
             )
     if config.get("bias") not in (None, "none"):
-        raise ValueError(f"bias={config['bias']!r}: trained biases are not supported")
+        raise ValueError(
+            f"bias={config['bias']!r}: trained biases are not supported; merge the adapter with "
+            "PEFT instead"
+        )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_MOVES_BASE):
+    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
         raise ValueError(
             f"init_lora_weights={start!r}: these factors belong to a base from which PEFT "
             "subtracts their start, so on the original base they compute something else. Convert "

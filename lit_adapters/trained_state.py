@@ -21,7 +21,7 @@ def frozen_names(model: nn.Module) -> set[str]:
     }
 
 
-def keep_trained(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def keep_trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``state`` without the frozen parameters and what is derived from them.
 
     A quantised weight ``w`` also writes ``w.absmax`` and the like; those go with it.

@@ -110,6 +110,8 @@ def fit(request):
         request["base"],
         LoRA(rank=4, dropout=0.1),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-2, weight_decay=0.1),
+        lr_scheduler=request["schedule"],
+        warmup=request["warmup"],
     )
     data = InstructionDataModule(**request["data"])
     callbacks = [AdapterCheckpoint(folder / "out", every_n_train_steps=request["every"])]

@@ -84,10 +84,9 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("split", "size"), [("train", 2000), ("validation", 200), ("test", 200)]
     )
-    def test_sizes_are_balanced(self, committed, split, size):
+    def test_sizes_and_shares(self, committed, split, size):
         counts = [len(of_task(committed[split], task)) for task in TASKS]
-        assert sum(counts) == size
-        assert max(counts) - min(counts) <= 1
+        assert counts == [0.4 * size, 0.4 * size, 0.2 * size]
 
     def test_records_have_the_alpaca_fields(self, committed):
         for record in itertools.chain.from_iterable(committed.values()):

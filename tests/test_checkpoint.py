@@ -384,7 +384,13 @@ FEWER = LoRA(rank=4, targets=["q_proj", "v_proj"])
     [
         (FEWER, SPEC, r"lacks '[\w.]+\.k_proj\.adapter\.lora_A'"),
         (SPEC, FEWER, r"holds '[\w.]+\.adapter\.lora_A'.* not trained here"),
-        (SPEC, RESHAPED, r"lora_A'? has shape \(4, 32\) in the checkpoint and \(3, 32\) here"),
+        (
+            SPEC,
+            RESHAPED,
+            # torch refuses it in a foreign module, before a callback is asked
+            r"lora_A' has shape \(4, 32\) in the checkpoint and \(3, 32\) here"
+            r"|size mismatch for net\.[\w.]+\.adapter\.lora_A: .*\[4, 32\].*\[3, 32\]",
+        ),
     ],
     ids=["missing", "unexpected", "shape"],
 )
@@ -392,7 +398,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_by_key(tmp_path, build, save
     make_trainer(tmp_path, AdapterCheckpoint(tmp_path / "out")).fit(build(saved), Batches(2))
     module = build(here)
     trainer = make_trainer(tmp_path, AdapterCheckpoint(tmp_path / "other"), max_epochs=2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         trainer.fit(module, Batches(2), ckpt_path=tmp_path / "out" / "last.ckpt")
     assert trainer.global_step == 0
 

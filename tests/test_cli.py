@@ -153,9 +153,10 @@ def test_generate_answers_a_prompt_with_the_adapter(adapter, capsys):
 
 def test_generate_answers_every_line_of_a_file_as_json(adapter, tmp_path, capsys):
     file = tmp_path / "questions.jsonl"
-    file.write_text(json.dumps({"instruction": PROMPT, "input": INPUT}) + "\n" * 2
-                    + json.dumps({"instruction": PROMPT}) + "\n")  # fmt: skip
-    run("generate", "--adapter", adapter, "--file", file, "--max_new_tokens=4", "--json_output=true")
+    lines = [{"instruction": PROMPT, "input": INPUT}, {"instruction": PROMPT}]
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    run("generate", "--adapter", adapter, "--file", file, "--max_new_tokens=4",
+        "--json_output=true")  # fmt: skip
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["instruction"], row["input"]) for row in rows] == [(PROMPT, INPUT), (PROMPT, "")]
 

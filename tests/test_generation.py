@@ -168,7 +168,8 @@ def test_generation_starts_from_the_prompt_ids_of_training(options, prompt):
         lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
     generate(model, tokenizer, [prompt], 1)
-    trained_on = [i for i, label in zip(tokens["input_ids"], tokens["labels"]) if label == -100]
+    pairs = zip(tokens["input_ids"], tokens["labels"], strict=True)
+    trained_on = [i for i, label in pairs if label == -100]
     assert seen[0] == trained_on
     assert seen[0].count(BOS) <= 1
 

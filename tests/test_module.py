@@ -359,7 +359,9 @@ def test_gradient_checkpointing_changes_memory_and_no_number(tmp_path, build, pr
         torch.manual_seed(0)
         base = build(resid_pdrop=0.1) if build is gpt2 else build()
         calls = []
-        first = base.get_submodule("model.layers.0.mlp" if build is llama else "transformer.h.0.mlp")
+        first = base.get_submodule(
+            "model.layers.0.mlp" if build is llama else "transformer.h.0.mlp"
+        )
         first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         module = make(
             base,
@@ -722,7 +724,9 @@ def test_a_bypassed_layer_is_an_error_before_the_first_step(tmp_path, precision)
     )
     module = make(base)
     trainer = make_trainer(tmp_path, precision=precision)
-    with pytest.raises(RuntimeError, match=r"1 of 14 adapters never ran.*layers\.1\.mlp\.down_proj"):
+    with pytest.raises(
+        RuntimeError, match=r"1 of 14 adapters never ran.*layers\.1\.mlp\.down_proj"
+    ):
         trainer.fit(module, in_batches(examples(2), 2))
     assert trainer.global_step == 0
 

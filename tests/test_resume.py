@@ -51,7 +51,9 @@ def ask():
     def send(request):
         script.stdin.write(json.dumps(request) + "\n")
         script.stdin.flush()
-        return int(script.stdout.readline())
+        code = script.stdout.readline()
+        assert code, f"the script itself ended with {script.wait(timeout=60)}"
+        return int(code)
 
     yield send
     script.stdin.close()
@@ -76,7 +78,17 @@ def material(tmp_path_factory):
     return folder
 
 
-def request_for(material, folder, every=2, data=None, seed=1, base=None, **trainer):
+def request_for(
+    material,
+    folder,
+    every=2,
+    data=None,
+    seed=1,
+    base=None,
+    schedule="cosine",
+    warmup=0.2,
+    **trainer,
+):
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"path": str(material / "pairs.jsonl"), "batch_size": 4, "val_size": 4}
     return {
@@ -85,6 +97,8 @@ def request_for(material, folder, every=2, data=None, seed=1, base=None, **train
         "base": str(base or material / "gpt2"),
         "seed": seed,
         "every": every,
+        "schedule": schedule,
+        "warmup": warmup,
         "data": {**settings, **(data or {})},
         "trainer": trainer,
     }
@@ -218,6 +232,11 @@ def test_mixed_precision_is_resumed_exactly(ask, material, whole_run, tmp_path, 
         {"val_check_interval": 4},
         {"limit_val_batches": 0},
         {"max_epochs": -1, "max_steps": 10},
+        {
+            "limit_val_batches": 0,
+            "max_steps": 11,
+            "every": 4,
+        },  # killed soon after the end of an epoch
         {"gradient_clip_val": 0.1},
         {"data": {"num_workers": 1}},
         {"data": {"group_by_length": False, "val_size": 1}},
@@ -273,23 +292,42 @@ def test_a_run_killed_twice_is_resumed_exactly(ask, material, whole_run, tmp_pat
     assert_same_run(tmp_path, whole_run())
 
 
-def test_the_best_checkpoint_can_be_resumed_as_well(ask, material, whole_run, tmp_path):
-    killed_and_resumed(ask, material, tmp_path, ("batch", 9), source="best.ckpt")
-    assert_same_log(log_of(tmp_path), log_of(whole_run()))
-    assert_same_tensors(
-        torch.load(tmp_path / "final.pt"), torch.load(whole_run() / "final.pt")
-    )
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 11}], ids=["epochs", "steps"])
+def test_the_best_checkpoint_can_be_resumed_as_well(ask, material, whole_run, tmp_path, limits):
+    killed_and_resumed(ask, material, tmp_path, ("batch", 9), source="best.ckpt", **limits)
+    expected = whole_run(**limits)
+    assert_same_log(log_of(tmp_path), log_of(expected))
+    assert_same_tensors(torch.load(tmp_path / "final.pt"), torch.load(expected / "final.pt"))
 
 
-def test_a_finished_run_can_be_trained_for_longer(ask, material, whole_run, tmp_path):
-    """Two epochs, then a third: batches, dropout and optimizer go on (the decay is another)."""
-    assert ask(request_for(material, tmp_path)) == 0
-    path = str(tmp_path / "out" / "last.ckpt")
-    longer = {**request_for(material, tmp_path, seed=2, max_epochs=3), "ckpt_path": path}
-    assert ask(longer) == 0
-    losses = [key for key in log_of(tmp_path) if key[1] == "train/loss"]
-    assert len(losses) == STEPS + STEPS // 2
-    assert torch.load(path)["global_step"] == STEPS + STEPS // 2
+@pytest.mark.parametrize(
+    ("short", "long", "every"),
+    [
+        ({"max_epochs": 1}, {"max_epochs": 2}, 100),
+        ({"max_epochs": 1}, {"max_steps": STEPS, "max_epochs": -1}, 2),
+        ({"max_epochs": 1}, {"max_steps": STEPS, "max_epochs": -1}, 100),
+        ({"max_steps": 3}, {"max_steps": STEPS}, 100),
+        ({"max_steps": 9}, {"max_steps": STEPS}, 100),
+        ({"max_steps": 6}, {"max_steps": STEPS}, 2),
+        ({"max_steps": 7}, {"max_epochs": 2}, 100),
+    ],
+    ids=str,
+)
+def test_a_finished_run_can_be_trained_for_longer(
+    ask, material, whole_run, tmp_path, short, long, every
+):
+    """As if it had been meant to be that long, where the schedule does not depend on it."""
+    settings = {"schedule": "constant", "warmup": 0, "every": every}
+    assert ask(request_for(material, tmp_path, **settings, **short)) == 0
+    path = {"ckpt_path": str(tmp_path / "out" / "last.ckpt")}
+    assert ask({**request_for(material, tmp_path, seed=2, **settings, **long), **path}) == 0
+    expected = whole_run(schedule="constant", warmup=0)
+    trained = [
+        {key: value for key, value in log_of(folder).items() if key[1] == "train/loss"}
+        for folder in (tmp_path, expected)
+    ]
+    assert_same_log(*trained)
+    assert_same_tensors(torch.load(tmp_path / "final.pt"), torch.load(expected / "final.pt"))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="real files are not here")

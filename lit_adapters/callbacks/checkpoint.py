@@ -57,6 +57,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         self.interval = every_n_train_steps
         self.adapter_path: Path | None = None
         self._last_step = -1  # optimizer steps done when last.ckpt was written
+        self._steps_before = -1  # optimizer steps done when the present batch began
+        self._due = False  # whether last.ckpt waits for a validation to pass
         self._restored: Mapping[str, Any] | None = None
 
     # --- when ------------------------------------------------------------------------------------
@@ -64,6 +66,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder, and let the module load a checkpoint without its base."""
         super().setup(trainer, pl_module, stage)
+        self._last_step, self._due = -1, False
         pl_module.strict_loading = False  # `on_load_checkpoint` is strict about what is trained
 
     def on_train_batch_start(
@@ -73,12 +76,33 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self._restored is not None:
             set_random_state(self._restored)
             self._restored = None
+        self._steps_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write ``last.ckpt`` when it is due."""
-        if trainer.global_step % self.interval == 0:
+        """Write ``last.ckpt`` when it is due.
+
+        Never inside an accumulation window, whose gradients no checkpoint holds; and where a
+        validation follows, after it: a resume from before would leave it out.
+        """
+        step = trainer.global_step
+        ends = trainer.should_stop or step == trainer.max_steps
+        if step > self._steps_before and (step % self.interval == 0 or ends):
+            self._due = True
+            if not trainer.is_last_batch and not _validates_after(trainer, batch_idx):
+                self._write_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best state; write ``last.ckpt`` if it waited for this."""
+        super().on_validation_end(trainer, pl_module)
+        if self._due and not trainer.is_last_batch:
+            self._write_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best state; write ``last.ckpt`` if it waited for the epoch's validation."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._due:
             self._write_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,7 +114,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _write_last(self, trainer: Trainer) -> None:
         step = trainer.global_step
         if self.save_last and step != self._last_step and not _is_dry_run(trainer):
-            self._last_step = step
+            self._last_step, self._due = step, False
             self.last_model_path = str(Path(str(self.dirpath)) / "last.ckpt")
             self._write(trainer, self.last_model_path)
 
@@ -109,15 +133,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Refuse a checkpoint of another adapter; remember the random state for the first step."""
         check_trained(pl_module, keep_trained(pl_module, checkpoint["state_dict"]))
         self._restored = checkpoint.get("random_state")
+        _begin_next_epoch(checkpoint.get("loops"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best so far, which stays where the earlier run wrote it."""
         self.best_model_path = state_dict["best_model_path"]
         self.best_model_score = state_dict["best_model_score"]
-        if state_dict["dirpath"] == self.dirpath:
-            self.best_k_models = state_dict["best_k_models"]
-            self.kth_best_model_path = state_dict["kth_best_model_path"]
-            self.kth_value = state_dict["kth_value"]
+        self.best_k_models = state_dict["best_k_models"]
+        self.kth_best_model_path = state_dict["kth_best_model_path"]
+        self.kth_value = state_dict["kth_value"]
+        if self.best_model_path:
+            self.adapter_path = Path(self.best_model_path).parent / "adapter"
 
     # --- how -------------------------------------------------------------------------------------
 
@@ -130,7 +156,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _save_last_checkpoint(
         self, trainer: Trainer, monitor_candidates: dict[str, Tensor]
     ) -> None:
-        self._write_last(trainer)
+        """Nothing: Lightning would call this inside an accumulation window too."""
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Called by Lightning for the best state."""
@@ -147,7 +173,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         try:
             trainer.save_checkpoint(part, weights_only=False)  # on every rank
             if trainer.is_global_zero:
-                with part.open("rb") as handle:
+                with part.open("r+b") as handle:
                     os.fsync(handle.fileno())
                 part.replace(filepath)
         except BaseException:
@@ -168,6 +194,40 @@ def _is_dry_run(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def _begin_next_epoch(loops: dict[str, Any] | None) -> None:
+    """Let a run that was saved at the end of an epoch begin the next.
+
+    With `max_steps`, Lightning 2.6 takes the finished epoch for a begun one: it counts an empty
+    epoch, and the loggers' steps are one too high. The state at the end of the epoch's last batch
+    is resumed correctly in all cases, so the counters are set back to that.
+    """
+    if not loops:
+        return
+    fit = loops["fit_loop"]
+    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+    if batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["ready"]:
+        for counts in epochs.values():
+            counts["processed"] = counts["completed"] = counts["ready"] - 1
+        for name in ("total", "current"):
+            batches[name]["completed"] = batches[name]["ready"] - 1
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def _validates_after(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation within the epoch follows this batch."""
+    if not trainer.enable_validation or trainer.val_check_batch is None:
+        return False
+    by_total = trainer.check_val_every_n_epoch is None
+    done = trainer.fit_loop.total_batch_idx if by_total else batch_idx
+    return (done + 1) % trainer.val_check_batch == 0
+
+
 def adapted_children(module: nn.Module) -> dict[str, nn.Module]:
-    """The direct children of a LightningModule that hold adapters, by attribute name."""
+    """What was adapted in a LightningModule, by attribute name.
+
+    A direct child that holds adapters inside is a model of its own; adapters directly on children
+    mean that the LightningModule itself is the model.
+    """
+    if any("." not in name for name, *_ in adapted_layers(module)):
+        return {"": module}
     return {name: child for name, child in module.named_children() if any(adapted_layers(child))}

@@ -9,16 +9,16 @@ from torch.optim.lr_scheduler import LambdaLR
 Decay = Literal["cosine", "linear", "constant"]
 
 
-def warmup_then(decay: Decay, optimizer: Optimizer, total: int, warmup: float) -> LambdaLR:
+def warmup_then(decay: Decay, optimizer: Optimizer, total: float, warmup: float) -> LambdaLR:
     """Return a schedule to be advanced once per optimizer step.
 
     Args:
         decay: Shape after the warm-up; cosine and linear reach 0 at ``total``.
         optimizer: Every group's own learning rate is multiplied, so ratios between groups stay.
-        total: Optimizer steps in the whole run.
+        total: Optimizer steps in the whole run; infinity is fine for a constant rate.
         warmup: Optimizer steps of warm-up if 1 or more, else their share of ``total``.
     """
-    warm = warmup if warmup >= 1 else warmup * total
+    warm = warmup if warmup >= 1 or warmup == 0 else warmup * total
 
     def factor(step: int) -> float:
         if step < warm:
