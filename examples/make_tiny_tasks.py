@@ -22,6 +22,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -289,7 +290,7 @@ def _column(domain: Domain, slot: Slot, value: str) -> int:
 
 
 def _representation_parts(
-    rng: random.Random, domain: Domain, act: str, name: str
+    rng: random.Random, domain: Domain, act: str, name: str, counts: tuple[int, ...] = (2, 3)
 ) -> tuple[str, str, list[tuple[str, int]]]:
     """Return a sentence, its representation and the (value, grid column) pairs in it."""
     if act == "request":
@@ -302,7 +303,7 @@ def _representation_parts(
         sentence = rng.choice(_BOOK).format(n=name, p=people, d=day)
         answer = f"book(name[{name}], people[{people}], day[{day}])"
         return sentence, answer, [(f"day {day}", _DAYS.index(day)), (f"people {people}", 1)]
-    count = rng.choice((2, 3)) if act == "inform" else 2
+    count = rng.choice(counts) if act == "inform" else 2
     chosen = [(slot, rng.choice(list(slot.phrases))) for slot in rng.sample(domain.slots, count)]
     said = [rng.choice(slot.phrases[value]).format(v=value) for slot, value in chosen]
     frames = {
@@ -318,15 +319,25 @@ def _representation_parts(
     return sentence, f"{act}(name[{name}], {listed})", cells
 
 
-def representation_record(rng: random.Random) -> Record:
-    """Draw one sentence with its representation, from any split."""
+def representation_record(rng: random.Random, wide: bool = False) -> Record:
+    """Draw one sentence with its representation, from any split.
+
+    Args:
+        rng: Source of randomness.
+        wide: Whether to draw from the whole world, bookings and three attributes included, and not
+            only from the part of it that the task asks about.
+
+    Returns:
+        The record.
+    """
     domain = rng.choice(DOMAINS)
     acts = ["inform", "inform", "recommend", "confirm", "request"]
-    if domain.bookable:
+    if domain.bookable and wide:
         acts.append("book")
     row = rng.randrange(len(domain.names))
     name = domain.names[row]
-    sentence, answer, cells = _representation_parts(rng, domain, rng.choice(acts), name)
+    counts = (2, 3) if wide else (2,)
+    sentence, answer, cells = _representation_parts(rng, domain, rng.choice(acts), name, counts)
     # How many people come along says nothing about the entity, so it takes no part in the split.
     cells = [cell for cell in cells if not cell[0].startswith("people")]
     return Record(
@@ -472,6 +483,10 @@ SHAPES: Final = (
         ("How many {t} are there for each {c}?", "Count the {t} per {c}."),
     ),
 )
+# The kinds that the task asks about; the text that the base model reads knows the others as well.
+_ASKED: Final = tuple(
+    index for index, shape in enumerate(SHAPES) if shape.name not in ("list below", "lowest")
+)
 # A table may hold more columns than a question needs, so that the schema has to be read.
 _EXTRA_COLUMNS: Final = ("id", "notes", "created", "owner", "status")
 _SQL_INSTRUCTIONS: Final = (
@@ -481,18 +496,28 @@ _SQL_INSTRUCTIONS: Final = (
 )
 
 
-def _schema(rng: random.Random, table: Table) -> str:
+def _schema(rng: random.Random, table: Table, numbers: Sequence[str] | None = None) -> str:
     """Return the table with its columns in random order, sometimes with one that is not needed."""
-    columns = [table.label, table.category, *table.numbers]
+    columns = [table.label, table.category, *(table.numbers if numbers is None else numbers)]
     if rng.random() < 0.5:
         columns.append(rng.choice(_EXTRA_COLUMNS))
     rng.shuffle(columns)
     return f"{table.name}({', '.join(columns)})"
 
 
-def sql_record(rng: random.Random) -> Record:
-    """Draw one question with its query, from any split."""
-    row, column = rng.randrange(len(TABLES)), rng.randrange(len(SHAPES))
+def sql_record(rng: random.Random, wide: bool = False) -> Record:
+    """Draw one question with its query, from any split.
+
+    Args:
+        rng: Source of randomness.
+        wide: Whether to draw from all kinds of query and to list all number columns, and not only
+            what the task asks about.
+
+    Returns:
+        The record.
+    """
+    row = rng.randrange(len(TABLES))
+    column = rng.randrange(len(SHAPES)) if wide else rng.choice(_ASKED)
     table, shape = TABLES[row], SHAPES[column]
     number_column = rng.choice(list(table.numbers))
     blanks = {
@@ -505,10 +530,12 @@ def sql_record(rng: random.Random) -> Record:
         "k": rng.randint(2, 9),
     }
     question = rng.choice(shape.questions).format(**blanks)
+    instruction = rng.choice(_SQL_INSTRUCTIONS)
+    schema = _schema(rng, table, None if wide else [number_column])
     return Record(
         task="sql",
-        instruction=rng.choice(_SQL_INSTRUCTIONS),
-        input=f"Table: {_schema(rng, table)}\nQuestion: {question}",
+        instruction=instruction,
+        input=f"Table: {schema}\nQuestion: {question}",
         output=shape.query.format(**blanks),
         combinations=(Combination(table.name, shape.name, cell_split(row, column)),),
     )
@@ -699,6 +726,11 @@ _DRAW: Final[dict[str, Callable[[random.Random], Record]]] = {
     "sql": sql_record,
     "arithmetic": arithmetic_record,
 }
+_DRAW_WIDE: Final[dict[str, Callable[[random.Random], Record]]] = {
+    "representation": partial(representation_record, wide=True),
+    "sql": partial(sql_record, wide=True),
+    "arithmetic": arithmetic_record,
+}
 
 
 @dataclass
@@ -762,9 +794,9 @@ _QUOTES: Final = (("[", "]"), ("'", "'"), ("(", ")"), ('"', '"'), ("", ""), ("= 
 
 
 def _training_record(rng: random.Random, task: str) -> Record:
-    """Draw a record whose combinations are all in the training split."""
+    """Draw a record of the whole world whose combinations are all in the training split."""
     while True:
-        record = _DRAW[task](rng)
+        record = _DRAW_WIDE[task](rng)
         if record.split == "train":
             return record
 
@@ -846,7 +878,7 @@ def _queries(rng: random.Random) -> str:
     lines: list[str] = []
     asks = rng.random() < 0.4
     while len(lines) < rng.randint(1, 4):
-        record = sql_record(rng)
+        record = sql_record(rng, wide=True)
         if record.combinations[0].left == table.name and record.split == "train":
             lines.append(record.input.split("Question: ")[-1] if asks else record.output)
     return "\n".join([f"Table: {_schema(rng, table)}", *lines])

@@ -52,10 +52,12 @@ def console() -> None:
     """Run `main` for a person: what is wrong with the input is one line, not a traceback."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("LIT_ADAPTERS_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(LIT_ADAPTERS_TRACEBACK=1 shows where it was raised)")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

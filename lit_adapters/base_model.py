@@ -1,5 +1,7 @@
 """Find and load a base model and its tokenizer: the embedded one, a folder, or a hub id."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -45,17 +47,37 @@ def load_base(
     """Return the causal language model ``base``, in evaluation mode, weights in ``dtype``.
 
     Only safetensors are read, and no code from a model's folder is run.
+
+    Raises:
+        FileNotFoundError: if a local folder is missing.
+        OSError: if the hub has no such model, wants a login or cannot be reached.
     """
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": revision}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    return AutoModelForCausalLM.from_pretrained(
-        resolve_base(base), trust_remote_code=False, **options
-    )
+    with _explained(base):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_base(base), trust_remote_code=False, **options
+        )
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of ``base``."""
-    return AutoTokenizer.from_pretrained(
-        resolve_base(base), revision=revision, trust_remote_code=False
-    )
+    """Return the tokenizer of ``base``; raises as `load_base` does."""
+    with _explained(base):
+        return AutoTokenizer.from_pretrained(
+            resolve_base(base), revision=revision, trust_remote_code=False
+        )
+
+
+@contextmanager
+def _explained(base: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{base!r} could not be loaded. Is the name right, does the repository ask for a login "
+            "(set HF_TOKEN), is the hub within reach (HF_HUB_OFFLINE)? A local folder is written "
+            f"with a leading ./ . The loader said: {error}"
+        ) from error

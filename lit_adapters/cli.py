@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,7 +19,7 @@ from lit_adapters.callbacks import (
     SampleGenerations,
 )
 from lit_adapters.datamodule import InstructionDataModule
-from lit_adapters.module import AdapterFineTuneModule
+from lit_adapters.module import AdapterFineTuneModule, trusted_settings
 
 # Under keys of their own, so that a `trainer.callbacks` list adds to them instead of replacing.
 CALLBACKS = {
@@ -36,6 +37,8 @@ class AdapterCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         _hush()
+        # Only warned about unless set; then jsonargparse's own list of dangerous calls is enforced.
+        set_parsing_settings(import_path_denylist=["os", "subprocess", "builtins"])
         super().__init__(
             AdapterFineTuneModule,
             InstructionDataModule,
@@ -64,28 +67,41 @@ class AdapterCLI(LightningCLI):
     def before_fit(self) -> None:
         """Make a resume visible to callbacks while the model is being set up."""
         config = self.config_init["fit"]
-        if config.get("ckpt_path"):
+        if Path(config.get("ckpt_path") or "").is_file():  # "last" and the like are Lightning's
             self.trainer.ckpt_path = config.pop("ckpt_path")
 
     def _parse_ckpt_path(self) -> None:
         """Fill in a checkpoint's hyper-parameters below what config files and flags say.
 
-        Lightning puts them above, so that ``--model.adapter.rank 99`` is silently ignored.
+        Lightning puts them above, so that ``--model.adapter.init_args.rank 99`` is silently
+        ignored, and imports whatever class a checkpoint names; here names come from our own list.
         """
         name = self.config.get("subcommand")
         path = self.config[name].get("ckpt_path") if name else None
         if not path or not Path(path).is_file():
             return
-        saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-        said = self.parser.parse_args(self._arguments, defaults=False)[name].get("model") or {}
-        for key, value in saved.items():
-            if value is not None and key not in said:
-                self.config = self.parser.parse_object({name: {"model": {key: value}}}, self.config)
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        saved = trusted_settings(checkpoint.get("hyper_parameters", {}))
+        given = self.parser.parse_args(self._arguments, defaults=False)[name].get("model")
+        said = given.as_dict() if given else {}
+        settings = {name: {"model": _laid_over(saved, said)}}
+        self.config = self.parser.parse_object(settings, self.config)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Keep the raw arguments, to tell what was said from what is a default."""
         self._arguments = args
         super().parse_arguments(parser, args)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested settings; a class that is named above replaces the whole one below."""
+    if above.get("class_path", below.get("class_path")) != below.get("class_path"):
+        return above
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _laid_over(below[key], above[key])
+    return merged
 
 
 def _hush() -> None:

@@ -1,8 +1,8 @@
 """The commands that need no trainer: `generate`, `merge`, `export`. Parameters become flags."""
 
-import json
 import sys
 from collections.abc import Iterator
+from json import dumps, loads
 from pathlib import Path
 from typing import Literal
 
@@ -29,9 +29,11 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     dtype: Precision = "float32",
-    json_output: bool = False,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    json: bool = False,
 ) -> None:
-    """Answer a prompt, every line of a file, or what is typed.
+    """Answer a prompt, every line of a file, or what is typed (an empty line ends).
 
     Args:
         adapter: Adapter folder; the bare base (or a merged model) answers if null.
@@ -43,16 +45,28 @@ def generate(
         max_new_tokens: Longest answer, tokens.
         temperature: Of the sampling distribution; 0 is greedy.
         dtype: Data type of the weights.
-        json_output: Print one JSON object per answer.
+        tokenizer: Folder or hub id of the tokenizer; that of the base if null.
+        revision: Branch, tag or commit of a hub model.
+        json: Print one JSON object per answer.
+
+    Raises:
+        ValueError: if options contradict each other.
     """
-    model, tokenizer = _load(base, adapter, dtype)
+    if file is not None and prompt is not None:
+        raise ValueError("give either --prompt or --file, not both")
+    if input and prompt is None:
+        raise ValueError("--input belongs to --prompt; a file has its own in each line")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    model, words = _load(base, adapter, dtype, tokenizer, revision)
 
     def reply(requests: list[tuple[str, str]]) -> None:
         prompts = [text if raw else alpaca_prompt(text, more) for text, more in requests]
-        answers = generate_answers(model, tokenizer, prompts, max_new_tokens, temperature)
+        answers = generate_answers(model, words, prompts, max_new_tokens, temperature)
         for (text, more), answer in zip(requests, answers, strict=True):
-            if json_output:
-                print(json.dumps({"instruction": text, "input": more, "answer": answer}))
+            if json:
+                row = {"instruction": text, "input": more, "answer": answer}
+                print(dumps(row, ensure_ascii=False))
             else:
                 print(answer)
 
@@ -70,6 +84,8 @@ def merge(
     output: str,
     base: str = "tiny",
     dtype: Precision = "float32",
+    tokenizer: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Fold an adapter into its base and write a stock Hugging Face model folder.
 
@@ -78,9 +94,11 @@ def merge(
         output: Folder to write.
         base: The model that the adapter was trained on: tiny, a local folder or a hub id.
         dtype: Data type of the stored weights; the merge itself is computed in fp32.
+        tokenizer: Folder or hub id of the tokenizer; that of the base if null.
+        revision: Branch, tag or commit of a hub model.
     """
-    model, tokenizer = _load(base, adapter, "float32")
-    folder = export_merged(model, output, tokenizer, getattr(torch, dtype))
+    model, words = _load(base, adapter, "float32", tokenizer, revision)
+    folder = export_merged(model, output, words, getattr(torch, dtype))
     Console().print(f"merged model ({dtype}) written to {folder}")
 
 
@@ -90,6 +108,8 @@ def export(
     base: str = "tiny",
     format: Literal["peft", "hf"] = "peft",  # noqa: A002 - the flag users expect
     dtype: Precision = "float32",
+    tokenizer: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Write an adapter for other software: a PEFT folder, or a merged Hugging Face model.
 
@@ -99,24 +119,27 @@ def export(
         base: The model that the adapter was trained on: tiny, a local folder or a hub id.
         format: peft is an adapter for PEFT, vLLM and others; hf is a merged model.
         dtype: Data type of a merged model's weights; adapters are fp32.
+        tokenizer: Folder or hub id of the tokenizer; that of the base if null.
+        revision: Branch, tag or commit of a hub model.
     """
     if format == "hf":
-        merge(adapter, output, base, dtype)
+        merge(adapter, output, base, dtype, tokenizer, revision)
         return
-    model, tokenizer = _load(base, adapter, "float32")
-    folder = export_peft(model, output, tokenizer)
+    model, words = _load(base, adapter, "float32", tokenizer, revision)
+    folder = export_peft(model, output, words)
     Console().print(f"PEFT adapter written to {folder}")
 
 
 def _load(
-    base: str, adapter: str | None, dtype: Precision
+    base: str, adapter: str | None, dtype: Precision, tokenizer: str | None, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = load_base(base, getattr(torch, dtype))
+    model = load_base(base, getattr(torch, dtype), revision)
     if adapter is not None:
         load_adapter(model, adapter)
     if torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
-    return model.eval(), load_tokenizer(base)
+    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(base, revision)
+    return model.eval(), words
 
 
 def _read_requests(file: Path) -> Iterator[tuple[str, str]]:
@@ -127,7 +150,7 @@ def _read_requests(file: Path) -> Iterator[tuple[str, str]]:
             yield line, ""
             continue
         try:
-            record = json.loads(line)
+            record = loads(line)
             yield record["instruction"], record.get("input") or ""
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
@@ -136,11 +159,12 @@ def _read_requests(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _typed() -> Iterator[str]:
-    """Lines from the terminal or a pipe, until the end or an empty line."""
-    talking = sys.stdin.isatty()
+    """Lines from the terminal, until an empty one, or from a pipe, empty ones left out."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
     while True:
-        if talking:
-            print("instruction> ", end="", flush=True)
+        print("instruction (empty to end)> ", end="", flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return

@@ -6,8 +6,9 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from lit_adapters.base_model import load_tokenizer
 from lit_adapters.data import (
     Batch,
     BatchLoader,
@@ -200,7 +201,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if isinstance(self.tokenizer, str):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            self.tokenizer = load_tokenizer(self.tokenizer)
         if self.tokenizer is not None:
             return self.tokenizer
         module = self.trainer.lightning_module if self.trainer else None

@@ -24,12 +24,17 @@ def fingerprint(model: nn.Module) -> str:
         if id(parameter) in adapters or not parameter.is_floating_point():
             continue
         values = parameter.detach().flatten()
-        steps = torch.linspace(0, max(len(values) - 1, 0), min(SAMPLES, len(values)))
-        sample = values[steps.long().to(values.device)].cpu()
+        sample = values[spaced(len(values), SAMPLES)].cpu()
         for dtype, digest in digests.items():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
     return "-".join(digest.hexdigest()[:16] for digest in digests.values())
+
+
+def spaced(length: int, count: int) -> list[int]:
+    """Return ``count`` indices from 0 to ``length - 1``, evenly spaced (all of them if fewer)."""
+    count = min(count, length)
+    return [i * (length - 1) // max(1, count - 1) for i in range(count)]  # exact: no float32
 
 
 def same_base(one: str, other: str) -> bool:

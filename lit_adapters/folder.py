@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path, shapes: Mapping[str, Size], optional: Collection[str] = ()
+    folder: Path, shapes: Mapping[str, Size], optional: Mapping[str, Size] | None = None
 ) -> dict[str, Tensor]:
     """Return exactly the tensors named in ``shapes``, and those of ``optional`` that are there.
 
-    The header is compared before any tensor is read.
+    The header, both keys and shapes, is compared before any tensor is read.
 
     Raises:
         ValueError: if a tensor is missing, unexpected, of another shape or not of a floating
@@ -75,10 +75,11 @@ def read_tensors(
     try:
         with safe_open(file, framework="pt") as reader:
             found = set(reader.keys())
-            _check_keys(file, found - set(optional), set(shapes))
-            for key, shape in shapes.items():
+            expected = {**(optional or {}), **shapes}
+            _check_keys(file, found - (expected.keys() - shapes.keys()), set(shapes))
+            for key in found:
                 entry = reader.get_slice(key)
-                _check_entry(file, key, entry.get_dtype(), entry.get_shape(), shape)
+                _check_entry(file, key, entry.get_dtype(), entry.get_shape(), expected[key])
             tensors = {key: reader.get_tensor(key) for key in found}
     except SafetensorError as error:
         raise ValueError(

@@ -99,19 +99,24 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     """
     folder = Path(path)
     config = read_json(folder, CONFIG)
-    adapted = _naming(folder / CONFIG, lambda: _build(model, spec_from_peft(config)))
+    spec = _naming(folder / CONFIG, lambda: spec_from_peft(config))
     if check_base:
         _check_base(model, folder)
+    adapted = _naming(folder / CONFIG, lambda: _build(model, spec))
     held = list(adapted_layers(model))
     if held:
         _check_same(held, adapted, folder)
         adapted = held
     parameters = _parameters_by_key(adapted)
-    copies = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer, _ in adapted}
+    copies = {
+        f"{PREFIX}{name}.base_layer.weight": layer.get_parameter("weight")
+        for name, layer, _ in adapted
+    }
     shapes = {key: parameter.shape for key, parameter in parameters.items()}
-    tensors = read_tensors(folder, shapes, optional=copies)
+    optional = {key: weight.shape for key, weight in copies.items()}
+    tensors = read_tensors(folder, shapes, optional)
     for key in copies.keys() & tensors.keys():
-        _check_copy(folder / WEIGHTS, key, tensors[key], copies[key])
+        _check_copy(folder / WEIGHTS, key, tensors[key], copies[key].detach())
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
@@ -148,10 +153,9 @@ def _check_same(held: list[Adapted], stored: list[Adapted], folder: Path) -> Non
         )
 
 
-def _check_copy(file: Path, key: str, stored: Tensor, layer: nn.Module) -> None:
+def _check_copy(file: Path, key: str, stored: Tensor, weight: Tensor) -> None:
     """PEFT also saves the frozen weight of an adapted embedding or head; it must be the same."""
-    weight = layer.get_parameter("weight").detach()
-    if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
+    if not torch.equal(stored.to(weight), weight):
         raise ValueError(
             f"{file}: {key!r} holds a base weight that differs from the model's; loading never "
             "writes base weights. Resize or replace the embedding in the base first"
@@ -159,15 +163,16 @@ def _check_copy(file: Path, key: str, stored: Tensor, layer: nn.Module) -> None:
 
 
 def _check_base(model: nn.Module, folder: Path) -> None:
-    if not (folder / EXTRA).exists():
+    extra = folder / EXTRA
+    if not (extra.exists() or extra.is_symlink()):
         return  # written by PEFT, which records no fingerprint
     recorded = read_json(folder, EXTRA)
     expected, actual = recorded.get("base_fingerprint"), fingerprint(model)
     if expected is not None and not same_base(str(expected), actual):
         raise ValueError(
             f"{folder} was trained on another base ({recorded.get('base')!r}, fingerprint "
-            f"{expected}); this model's weights have fingerprint {actual}. Load that base, or pass "
-            "check_base=False if you mean to use it here"
+            f"{expected}); this model's weights have fingerprint {actual}. Load that base "
+            "(--base on the command line), or pass check_base=False if you mean to use it here"
         )
 
 

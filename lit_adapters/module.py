@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,7 +13,7 @@ from torchmetrics import SumMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import METHODS, AdapterSpec, LoRA
-from lit_adapters.attachment import attach, check_adapters_fire
+from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
@@ -25,6 +25,13 @@ from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
 
 Batch = Mapping[str, Tensor]
+
+# Sums over tokens would overflow fp16 gradients. The number of tokens in a window is known only at
+# its end; a power of two near it changes no bit of the result.
+LOSS_UNIT = 1024
+
+# Settings of a parameter group that a resumed run may change; the rest is the optimizer's state.
+OPTIONS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 class AdapterFineTuneModule(LightningModule):
@@ -47,7 +54,7 @@ class AdapterFineTuneModule(LightningModule):
         dtype: Data type of the frozen base; auto follows the trainer's precision.
         revision: Branch, tag or commit of a hub model.
         attn_implementation: Attention of transformers, such as sdpa, eager or flash_attention_2.
-        max_new_tokens: Longest answer of `predict` and of generated samples, tokens.
+        max_new_tokens: Longest answer of `predict`, tokens.
     """
 
     model: PreTrainedModel
@@ -93,7 +100,7 @@ class AdapterFineTuneModule(LightningModule):
                 "base": base if isinstance(base, str) else None,
                 "adapter": spec_to_plain(self.adapter),
                 "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
-                "lr_scheduler": lr_scheduler if isinstance(lr_scheduler, str) else "cosine",
+                **({"lr_scheduler": lr_scheduler} if isinstance(lr_scheduler, str) else {}),
                 "warmup": warmup,
                 "gradient_checkpointing": gradient_checkpointing,
                 "dtype": dtype,
@@ -114,8 +121,9 @@ class AdapterFineTuneModule(LightningModule):
                 "tokenizer=... to AdapterFineTuneModule or to the data module"
             )
         if self._tokenizer is None or isinstance(self._tokenizer, str):
-            name = cast(str, self._tokenizer or self.base)
-            self._tokenizer = load_tokenizer(name, self.revision)
+            own = self._tokenizer is None
+            name = cast(str, self.base if own else self._tokenizer)
+            self._tokenizer = load_tokenizer(name, self.revision if own else None)
         return self._tokenizer
 
     def configure_model(self) -> None:
@@ -126,7 +134,8 @@ class AdapterFineTuneModule(LightningModule):
             self.model = load_base(
                 self.base, self._base_dtype(), self.revision, self.attn_implementation
             )
-        attach(self.model, self.adapter)
+        if not any(adapted_layers(self.model)):  # a model passed in may be adapted already
+            attach(self.model, self.adapter)
         for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
             if isinstance(callback, InitAdapters):
                 callback.initialise(self.model, self.trainer)
@@ -166,16 +175,17 @@ class AdapterFineTuneModule(LightningModule):
 
     # --- the loss --------------------------------------------------------------------------------
 
-    def token_loss(self, batch: Batch) -> TokenLoss:
+    def token_loss(self, batch: Batch, count_correct: bool = False) -> TokenLoss:
         """Run the model; the one place where the loss is computed.
 
         Args:
             batch: ``input_ids``, ``attention_mask`` and ``labels``, all (batch, time) int64.
+            count_correct: Whether to count the tokens that the model ranks first.
         """
         output = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         )
-        return token_loss(output.logits, batch["labels"])
+        return token_loss(output.logits, batch["labels"], count_correct)
 
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed negative log likelihood (nats) and the number of trained tokens."""
@@ -202,22 +212,34 @@ class AdapterFineTuneModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make sure, once, that no adapter is bypassed."""
         if not self._adapters_checked:
-            first = {key: value[:1] for key, value in batch.items() if key != "labels"}
-            check_adapters_fire(self.model, {**first, "use_cache": False})
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            check_adapters_fire(self.model, {**inputs, "use_cache": False})
             self._adapters_checked = True
             self.window.start()
 
+    def on_train_epoch_start(self) -> None:
+        """Do not count the pause between epochs as training time."""
+        self.window.start()
+
+    def on_validation_end(self) -> None:
+        """Do not count validation as training time."""
+        self.window.start()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the summed loss; `on_before_optimizer_step` divides the gradients by tokens."""
+        """Return the summed loss in units of `LOSS_UNIT` tokens.
+
+        Callbacks see gradients in that unit until `on_before_optimizer_step` of this module has
+        divided them by the tokens of the window.
+        """
         nll, tokens = self.nll(batch)
         self.window.add(nll.detach(), tokens)
-        return nll
+        return nll / LOSS_UNIT
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into the mean over the window's trained tokens, then log."""
         nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
         # Lightning divided each micro-batch by the accumulation, DDP and FSDP by the ranks.
-        divided = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        divided = LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [
             p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
         ]
@@ -251,10 +273,24 @@ class AdapterFineTuneModule(LightningModule):
             schedule: Any = warmup_then(self.lr_scheduler, optimizer, total, self.warmup)
         else:
             schedule = self.lr_scheduler(optimizer)
+        self._chosen = [{k: g.get(k) for k in OPTIONS} for g in optimizer.param_groups]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Let this run's optimizer settings win over those that a checkpoint restored."""
+        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
+        for group, chosen in zip(optimizer.param_groups, self._chosen, strict=True):
+            before = group.get("initial_lr")
+            group.update({k: v for k, v in chosen.items() if v is not None})
+            if before and group["initial_lr"] != before:
+                group["lr"] *= group["initial_lr"] / before
+        for config in self.trainer.lr_scheduler_configs:
+            rates = [group["initial_lr"] for group in optimizer.param_groups]
+            if hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = rates
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -268,7 +304,7 @@ class AdapterFineTuneModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the sums."""
-        for name, value in self.token_loss(batch)._asdict().items():
+        for name, value in self.token_loss(batch, count_correct=True)._asdict().items():
             cast(SumMetric, self.evaluated[name]).update(value)
 
     test_step = validation_step
@@ -340,3 +376,21 @@ def spec_from_plain(plain: Mapping[str, Any]) -> AdapterSpec:
     raise ValueError(
         f"adapter {name!r} is unknown; expected one of {[m.__name__ for m in METHODS]}"
     )
+
+
+def trusted_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what may be taken from a checkpoint's hyper-parameters: our keys, plain values.
+
+    A checkpoint may come from anywhere. The only class it can choose is an adapter of our list.
+    """
+    plain = {
+        key: saved[key]
+        for key in ("base", "tokenizer", "warmup", "gradient_checkpointing", "dtype", "revision",
+                    "attn_implementation", "max_new_tokens")
+        if isinstance(saved.get(key), str | bool | int | float)
+    }  # fmt: skip
+    if isinstance(saved.get("adapter"), Mapping):
+        plain["adapter"] = spec_to_plain(spec_from_plain(saved["adapter"]))
+    if saved.get("lr_scheduler") in get_args(Decay):
+        plain["lr_scheduler"] = saved["lr_scheduler"]
+    return plain

@@ -4,6 +4,7 @@ import difflib
 import re
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.adapters import Adapter, AdapterSpec
@@ -60,11 +61,15 @@ def _select(
     modules: dict[str, nn.Module], wanted: str | list[str], field: str, model: nn.Module
 ) -> list[str]:
     if wanted == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = {
+            id(module.get_output_embeddings())
+            for module in model.modules()  # the language model may be wrapped in something else
+            if isinstance(module, PreTrainedModel)
+        }
         return [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
+            if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads
         ]
     if isinstance(wanted, str):
         try:

@@ -398,3 +398,22 @@ def test_a_batch_that_makes_the_model_fail_leaves_the_model_too():
     assert snapshot(model) == before
     attached_hooks = [len(m._forward_hooks) for m in model.modules()]
     assert sum(attached_hooks) == 2
+
+
+# ---------------------------------------------------------------- wrapped models, odd inputs
+
+
+def test_all_linear_leaves_the_head_of_a_wrapped_language_model_alone():
+    wrapper = nn.Module()
+    wrapper.model = llama()
+    names = attach(wrapper, LoRA(rank=2))
+    assert names
+    assert not any("lm_head" in name for name in names)
+
+
+def test_a_single_vector_is_a_valid_input():
+    layer = nn.Sequential(nn.Linear(6, 5))
+    attach(layer, LoRA(rank=2, targets=["0"]))
+    nn.init.normal_(layer[0].adapter.lora_B)
+    x = torch.randn(6)
+    torch.testing.assert_close(layer(x), layer(x[None])[0])

@@ -562,3 +562,34 @@ def test_adapters_on_the_module_itself_are_saved_as_one_folder_that_loads(tmp_pa
     assert load_adapter(fresh, tmp_path / "out" / "adapter") == ["first", "second"]
     expected = trainable(module)
     assert all(torch.equal(expected[name], value) for name, value in trainable(fresh).items())
+
+
+def test_a_monitor_that_is_never_logged_is_an_error_that_lists_what_is(tmp_path):
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from lit_adapters import AdapterCheckpoint, LoRA, attach
+
+    class Foreign(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 4))
+            attach(self.net, LoRA(rank=2, targets=["0"]))
+
+        def training_step(self, batch):
+            return self.net(batch).sum()
+
+        def validation_step(self, batch):
+            self.log("val_loss", self.net(batch).sum())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = DataLoader(torch.ones(2, 4))
+    options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        default_root_dir=tmp_path, callbacks=[AdapterCheckpoint()], accelerator="cpu", **options
+    )
+    with pytest.raises(ValueError, match="monitor='val/loss'.*val_loss.*monitor=None"):
+        trainer.fit(Foreign(), data, data)

@@ -156,7 +156,7 @@ def test_generate_answers_every_line_of_a_file_as_json(adapter, tmp_path, capsys
     lines = [{"instruction": PROMPT, "input": INPUT}, {"instruction": PROMPT}]
     file.write_text("\n\n".join(map(json.dumps, lines)))
     run("generate", "--adapter", adapter, "--file", file, "--max_new_tokens=4",
-        "--json_output=true")  # fmt: skip
+        "--json=true")  # fmt: skip
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["instruction"], row["input"]) for row in rows] == [(PROMPT, INPUT), (PROMPT, "")]
 

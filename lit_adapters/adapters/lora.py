@@ -58,12 +58,15 @@ class LoRA(AdapterSpec):
             raise ValueError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
-                re.compile(pattern)
+                re.compile(_ending(pattern))
             except re.error as error:
                 raise ValueError(f"pattern {pattern!r} is not regular: {error}") from error
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
-        """Return rank and scale of the module called ``name``, patterns applied."""
+        """Return rank and scale of the module called ``name``, patterns applied.
+
+        The first key of a pattern that matches the whole name or an ending of it after a dot wins.
+        """
         rank = _first_match(self.rank_pattern, name, self.rank)
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
@@ -153,7 +156,7 @@ class LoRAAdapter(Adapter):
         """Return ``output + scale * B A dropout(x)`` in the dtype of ``output``."""
         if self.scale == 0:
             return output
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()))
         if self.training and self.dropout > 0 and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         return add_low_rank(layer, output, x, self.lora_A, self.lora_B, self.scale)
@@ -191,6 +194,10 @@ def _as_list(value: int | list[int] | None) -> list[int] | None:
 def _first_match(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """Return the value of the first key matching the end of ``name`` (PEFT's rule)."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if re.match(_ending(key), name):
             return value
     return default
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"

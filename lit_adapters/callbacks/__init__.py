@@ -1,4 +1,8 @@
-"""Lightning callbacks; each works with any LightningModule that holds adapters."""
+"""Lightning callbacks.
+
+AdapterCheckpoint, InitAdapters and RunReport work with any LightningModule that holds adapters;
+SampleGenerations and PredictionWriter need the model, tokenizer and data of this library.
+"""
 
 from lit_adapters.callbacks.checkpoint import AdapterCheckpoint
 from lit_adapters.callbacks.init import InitAdapters

@@ -28,7 +28,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: Where to write; the logger's folder below ``default_root_dir`` if null.
-        monitor: Logged value that decides which state is best; without validation the last is.
+        monitor: Logged value that decides which state is best; the last one is if it is null, or
+            if there is no validation.
         mode: Whether the smallest (min) or the largest (max) value is best.
         every_n_train_steps: Optimizer steps between two writes of ``last.ckpt``.
         save_last: Whether to write ``last.ckpt`` at all.
@@ -37,7 +38,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         dirpath: str | Path | None = None,
-        monitor: str = "val/loss",
+        monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
         every_n_train_steps: int = 10,
         save_last: bool = True,
@@ -94,7 +95,18 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._write_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best state; write ``last.ckpt`` if it waited for this."""
+        """Keep the best state; write ``last.ckpt`` if it waited for this.
+
+        Raises:
+            ValueError: if the module logs no such value as ``monitor``.
+        """
+        logged = trainer.callback_metrics
+        if trainer.state.fn == "fit" and self.monitor and self.monitor not in logged:
+            raise ValueError(
+                f"AdapterCheckpoint(monitor={self.monitor!r}): no such value is logged in "
+                f"validation; logged are {sorted(logged) or 'none'}. Name one of "
+                "them, or pass monitor=None to keep the last state as the best"
+            )
         super().on_validation_end(trainer, pl_module)
         if self._due and not trainer.is_last_batch:
             self._write_last(trainer)

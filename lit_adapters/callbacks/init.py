@@ -25,11 +25,13 @@ class InitAdapters(Callback):
     def __init__(self, initialiser: Initialiser) -> None:
         self.initialiser = initialiser
         self.initialised: list[str] = []
+        self._model: nn.Module | None = None
 
     def initialise(self, model: nn.Module, trainer: Trainer) -> None:
         """Initialise the adapters of ``model``, once, unless ``trainer`` resumes."""
-        if self.initialised or trainer.ckpt_path is not None:
+        if model is self._model or trainer.ckpt_path is not None:
             return
+        self._model = model
         self.initialised = initialise(model, self.initialiser)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -12,6 +12,9 @@ from rich.console import Console
 class PredictionWriter(BasePredictionWriter):
     """Write predictions, one JSON object a line, to a file.
 
+    Prompts and references are as the data module prepared them: cut or dropped where they are
+    longer than its ``max_length``.
+
     Args:
         path: The file; ``predictions.jsonl`` below ``default_root_dir`` if null.
     """
@@ -28,6 +31,8 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Any,
     ) -> None:
         """Write the whole epoch's predictions in order."""
+        if not trainer.is_global_zero:
+            return
         file = Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for batch in predictions for row in batch]

@@ -22,7 +22,7 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is trained and what is frozen."""
-        self.started = time.perf_counter()
+        self.started, self.first_loss = time.perf_counter(), None
         sizes = footprint(pl_module)
         rows = {
             "trainable parameters": f"{sizes.trainable:,} of {sizes.total:,} ({sizes.share:.2%})",
@@ -53,7 +53,8 @@ class RunReport(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, AdapterCheckpoint) and callback.adapter_path:
                 rows["adapter folder"] = _folder(callback.adapter_path)
-                rows["to resume"] = f"--ckpt_path {_relative(Path(callback.last_model_path))}"
+                if callback.last_model_path:
+                    rows["to resume"] = f"--ckpt_path {_relative(Path(callback.last_model_path))}"
         _print(trainer, "Done", rows)
 
 

@@ -61,6 +61,7 @@ class SampleGenerations(Callback):
         if not examples:
             return
         after = self._answer(trainer, pl_module, examples, "Answers after training")
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank
         if not trainer.is_global_zero:
             return
         scores = {
@@ -78,7 +79,7 @@ class SampleGenerations(Callback):
                 },
                 step=trainer.global_step,
             )
-        _write(trainer, examples, self.before, after)
+        _write(folder, examples, self.before, after)
         console = Console()
         console.print(answer_table(examples, self.before, after, self.show))
         console.print(score_table(scores["before"], scores["after"]))
@@ -180,9 +181,8 @@ def _short(text: str, limit: int = 240) -> str:
 
 
 def _write(
-    trainer: Trainer, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]
+    folder: Path, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]
 ) -> None:
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for example, first, second in zip(examples, before, after, strict=True):

@@ -38,7 +38,10 @@ class Kaiming:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """``A ~ N(0, 1/rank^2)``, ``B = 0``; an embedding: ``A = 0``, ``B ~ N(0, 1)``."""
+    """``A ~ N(0, 1/rank^2)``, ``B = 0``; an embedding: ``A = 0``, ``B ~ N(0, 1)``.
+
+    The Gaussian of the paper (arXiv 2106.09685, section 4.1), with the spread that PEFT gives it.
+    """
 
     reads_weight = False
 

@@ -74,8 +74,8 @@ def _add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tens
     """``output + scale * hidden B^T``, cast to the dtype of ``output``; ``hidden`` is (..., r)."""
     if output.dtype == hidden.dtype == B.dtype:
         # addmm folds scaling and addition into the product: no temporary of the output's size.
-        flat = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B.T, beta=1.0, alpha=scale)
-        return flat.view(output.shape)
+        rows, inner = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        return torch.addmm(rows, inner, B.T, alpha=scale).view(output.shape)
     return output + (F.linear(hidden, B) * scale).to(output.dtype)
 
 

@@ -1,0 +1,39 @@
+"""A base is recognised in any precision, and its sample never leaves the tensor."""
+
+import pytest
+import torch
+
+from lit_adapters import LoRA, attach
+from lit_adapters.fingerprint import base_name, fingerprint, same_base, spaced
+from tests.models import llama
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 2**24 + 4, 525_336_576, 3 * 2**31 + 1])
+def test_sampled_indices_span_the_tensor_and_stay_inside(length):
+    indices = spaced(length, 16)
+    assert indices[0] == 0
+    assert indices[-1] == length - 1
+    assert len(set(indices)) == min(16, length)
+
+
+def test_adapters_and_precision_do_not_change_a_fingerprint():
+    model = llama()
+    bare = fingerprint(model)
+    attach(model, LoRA(rank=2))
+    assert fingerprint(model) == bare
+    for dtype in (torch.bfloat16, torch.float16):
+        assert same_base(fingerprint(llama().to(dtype)), bare)
+
+
+def test_another_weight_or_shape_is_another_base():
+    bare = fingerprint(llama())
+    assert not same_base(fingerprint(llama(seed=1)), bare)
+    assert not same_base(fingerprint(llama(vocab_size=80)), bare)
+
+
+def test_a_name_never_tells_a_local_path(tmp_path):
+    model = llama()
+    model.config._name_or_path = str(tmp_path / "secret" / "my-model")
+    assert base_name(model) == (None, "my-model")
+    model.config._name_or_path = "owner/model"
+    assert base_name(model) == ("owner/model", "owner/model")
