@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         from lit_adapters import commands
 
         functions = {name: getattr(commands, name) for name in USING}
-        auto_cli(functions, args=arguments, prog="lit_adapters")
+        auto_cli(functions, as_positional=False, args=arguments, prog="lit_adapters")
     elif command in TRAINING or command.startswith("-"):
         from lit_adapters.cli import AdapterCLI
 

@@ -1,6 +1,7 @@
 """The trainer's half of the command line: LightningCLI with our module, data and callbacks."""
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,11 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _hush() -> None:
     """Silence what third parties say about our own, intended use of them."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls
     for message in (
         ".*Experiment logs directory .* exists and is not empty",  # TensorBoard writes there too
         ".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
+        ".*Couldn't infer the batch indices",  # predictions are written in order, not by index
         ".*does not have many workers",  # batches are ready in memory
     ):
         warnings.filterwarnings("ignore", message)

@@ -189,9 +189,10 @@ def test_merge_writes_a_stock_model_of_the_same_answers(adapter, tmp_path, dtype
     prompt = alpaca_prompt(PROMPT, INPUT)
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(prompt, return_tensors="pt")
     ours = with_adapter(adapter)
-    tolerance = {"float32": 1e-5, "bfloat16": 0.3}[dtype]
+    tolerance = {"float32": 1e-5, "bfloat16": 0.05}[dtype]
     with torch.no_grad():
-        difference = (merged.float()(**ids).logits - ours(**ids).logits).abs().max()
+        found, expected = merged.float()(**ids).logits, ours(**ids).logits
+    difference = (found - expected).abs().max() / expected.abs().max()
     assert difference <= tolerance
 
 
@@ -204,6 +205,7 @@ def test_a_merged_folder_is_a_base_like_any_other(adapter, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_an_exported_folder_loads_in_peft_to_the_same_logits(adapter, tmp_path):
     peft = pytest.importorskip("peft")
     run("export", "--adapter", adapter, "--output", tmp_path / "peft")

@@ -25,13 +25,14 @@ class InitAdapters(Callback):
     def __init__(self, initialiser: Initialiser) -> None:
         self.initialiser = initialiser
         self.initialised: list[str] = []
-        self._model: nn.Module | None = None
+        self._done: nn.Module | None = None  # an adapter of the model that was initialised
 
     def initialise(self, model: nn.Module, trainer: Trainer) -> None:
         """Initialise the adapters of ``model``, once, unless ``trainer`` resumes."""
-        if model is self._model or trainer.ckpt_path is not None:
+        first = next(adapted_layers(model)).adapter
+        if first is self._done or trainer.ckpt_path is not None:
             return
-        self._model = model
+        self._done = first
         self.initialised = initialise(model, self.initialiser)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
