@@ -689,7 +689,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny base model.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--steps", type=int, default=3689)
     parser.add_argument("--minutes", type=float, default=120.0, help="stop then at the latest")
     parser.add_argument("--tokens", type=int, default=11_000_000, help="size of the text")
     parser.add_argument("--batch", type=int, default=16, help=f"blocks of {BLOCK} tokens")
