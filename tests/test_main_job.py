@@ -15,7 +15,7 @@ def test_the_main_job_learns_the_tasks_and_writes_a_small_adapter(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "benchmarks" / "main_job.py")),
-            *("--json", "--seeds", "7"),
+            *("--json", "--seeds", "2"),
         ],
         capture_output=True,
         text=True,
