@@ -20,7 +20,8 @@ from lit_adapters.callbacks import (
     SampleGenerations,
 )
 from lit_adapters.datamodule import InstructionDataModule
-from lit_adapters.module import AdapterFineTuneModule, trusted_settings
+from lit_adapters.module import AdapterFineTuneModule
+from lit_adapters.saved_settings import trusted_settings
 
 # Under keys of their own, so that a `trainer.callbacks` list adds to them instead of replacing.
 CALLBACKS = {

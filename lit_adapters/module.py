@@ -1,8 +1,7 @@
 """The LightningModule: one causal language model, one adapter, one loss."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import SumMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_adapters.adapters import METHODS, AdapterSpec, LoRA
+from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
@@ -21,6 +20,7 @@ from lit_adapters.generation import answer
 from lit_adapters.losses import TokenLoss, token_loss
 from lit_adapters.optim import fuse, parameter_groups, warmup_then
 from lit_adapters.optim.schedule import Decay
+from lit_adapters.saved_settings import spec_from_plain, spec_to_plain
 from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
 
@@ -357,40 +357,3 @@ class AdapterFineTuneModule(LightningModule):
 def default_optimizer(groups: Any) -> Optimizer:
     """AdamW at 2e-4, no weight decay: LoRA's customary setting."""
     return AdamW(groups, lr=2e-4, weight_decay=0.0)
-
-
-def spec_to_plain(spec: AdapterSpec) -> dict[str, Any]:
-    """Return a spec as a config file states it."""
-    return {
-        "class_path": f"lit_adapters.{type(spec).__name__}",
-        "init_args": asdict(cast(Any, spec)),
-    }
-
-
-def spec_from_plain(plain: Mapping[str, Any]) -> AdapterSpec:
-    """Rebuild a spec from saved hyper-parameters; the class comes from our list, not the file."""
-    name = str(plain.get("class_path")).rpartition(".")[2]
-    for method in METHODS:
-        if method.__name__ == name:
-            return method(**plain.get("init_args", {}))
-    raise ValueError(
-        f"adapter {name!r} is unknown; expected one of {[m.__name__ for m in METHODS]}"
-    )
-
-
-def trusted_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what may be taken from a checkpoint's hyper-parameters: our keys, plain values.
-
-    A checkpoint may come from anywhere. The only class it can choose is an adapter of our list.
-    """
-    plain = {
-        key: saved[key]
-        for key in ("base", "tokenizer", "warmup", "gradient_checkpointing", "dtype", "revision",
-                    "attn_implementation", "max_new_tokens")
-        if isinstance(saved.get(key), str | bool | int | float)
-    }  # fmt: skip
-    if isinstance(saved.get("adapter"), Mapping):
-        plain["adapter"] = spec_to_plain(spec_from_plain(saved["adapter"]))
-    if saved.get("lr_scheduler") in get_args(Decay):
-        plain["lr_scheduler"] = saved["lr_scheduler"]
-    return plain

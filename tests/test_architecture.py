@@ -32,6 +32,7 @@ FLOORS = {
     "peft_config.py": 4,
     "fingerprint.py": 4,
     "model_card.py": 4,
+    "saved_settings.py": 4,
     "trained_state.py": 4,
     "base_model.py": 4,
     "export.py": 5,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_adapters.__main__ import main
-from lit_adapters.module import trusted_settings
+from lit_adapters.saved_settings import trusted_settings
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "alpaca_lora.yaml"
 
