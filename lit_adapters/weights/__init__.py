@@ -4,22 +4,37 @@ A new storage (another layer type, another quantisation) is one file here that r
 class with the functions below; nothing else in the library changes.
 """
 
+from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
 from lit_adapters.weights.storage import (
     add_low_rank,
+    as_matrix,
+    factor_shapes,
+    group_count,
     is_adaptable,
     is_lookup,
     matrix_shape,
+    peft_agrees,
+    per_output,
     read_weight,
+    stored_matrix,
+    weight_blocks,
     write_weight,
 )
 
 __all__ = [
     "add_low_rank",
+    "as_matrix",
+    "factor_shapes",
+    "group_count",
     "is_adaptable",
     "is_lookup",
     "matrix_shape",
+    "peft_agrees",
+    "per_output",
     "read_weight",
+    "stored_matrix",
+    "weight_blocks",
     "write_weight",
 ]
-del _dense
+del _convolution, _dense

@@ -7,10 +7,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.weights.storage import (
     add_low_rank,
+    as_matrix,
     is_lookup,
     matrix_shape,
-    read_weight,
-    write_weight,
 )
 
 
@@ -26,26 +25,15 @@ def _(layer: Conv1D | nn.Embedding) -> tuple[int, int]:
     return columns, rows
 
 
-@read_weight.register(nn.Linear)
-def _(layer: nn.Linear) -> Tensor:
-    return layer.weight.detach().float()
+@as_matrix.register(nn.Linear)
+def _(layer: nn.Linear, stored: Tensor) -> Tensor:
+    return stored
 
 
-@read_weight.register(Conv1D)
-@read_weight.register(nn.Embedding)
-def _(layer: Conv1D | nn.Embedding) -> Tensor:
-    return layer.weight.detach().float().T
-
-
-@write_weight.register(nn.Linear)
-def _(layer: nn.Linear, weight: Tensor) -> None:
-    layer.weight.data.copy_(_fitting(weight, layer))
-
-
-@write_weight.register(Conv1D)
-@write_weight.register(nn.Embedding)
-def _(layer: Conv1D | nn.Embedding, weight: Tensor) -> None:
-    layer.weight.data.copy_(_fitting(weight, layer).T)
+@as_matrix.register(Conv1D)
+@as_matrix.register(nn.Embedding)
+def _(layer: Conv1D | nn.Embedding, stored: Tensor) -> Tensor:
+    return stored.T
 
 
 @add_low_rank.register(nn.Linear)
@@ -77,12 +65,3 @@ def _add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tens
         rows, inner = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         return torch.addmm(rows, inner, B.T, alpha=scale).view(output.shape)
     return output + (F.linear(hidden, B) * scale).to(output.dtype)
-
-
-def _fitting(weight: Tensor, layer: nn.Module) -> Tensor:
-    if tuple(weight.shape) != matrix_shape(layer):  # copy_ would broadcast
-        raise ValueError(
-            f"{type(layer).__name__} holds a matrix of shape {matrix_shape(layer)}, "
-            f"got {tuple(weight.shape)}"
-        )
-    return weight

@@ -1,13 +1,20 @@
 """The questions the rest of the library asks about a layer; each storage answers by registering."""
 
+from collections.abc import Iterator
 from functools import singledispatch
 
-from torch import Tensor, nn
+import torch
+from torch import Size, Tensor, nn
+
+BLOCK = 1 << 22  # elements converted to fp32 at a time
 
 
 @singledispatch
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Shape ``(out, in)`` of the matrix that ``layer`` applies.
+
+    A convolution is its kernel with everything but the output channels flattened,
+    ``(out, in / groups * kernel size)``.
 
     Raises:
         TypeError: if no storage is registered for this layer type.
@@ -20,15 +27,55 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 @singledispatch
+def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
+    """View a tensor of the shape of ``layer.weight``, say a gradient, as a matrix ``(out, in)``."""
+    raise TypeError(f"no storage is registered for {type(layer).__name__}")
+
+
+def stored_matrix(layer: nn.Module) -> Tensor:
+    """The layer's matrix ``(out, in)`` in its own dtype, sharing memory with the layer."""
+    return as_matrix(layer, layer.get_parameter("weight"))
+
+
+@singledispatch
 def read_weight(layer: nn.Module) -> Tensor:
     """The layer's matrix as a dense fp32 tensor ``(out, in)``; may share memory with the layer."""
-    raise TypeError(f"no storage is registered for {type(layer).__name__}")
+    return stored_matrix(layer).detach().float()
 
 
 @singledispatch
 def write_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Store the fp32 matrix ``weight`` ``(out, in)``, rounded once to the layer's own dtype."""
-    raise TypeError(f"no storage is registered for {type(layer).__name__}")
+    """Store the fp32 matrix ``weight`` ``(out, in)``, rounded once to the layer's own dtype.
+
+    Raises:
+        ValueError: if ``weight`` has another shape.
+    """
+    check_shape(layer, weight)
+    stored_matrix(layer).data.copy_(weight)
+
+
+def check_shape(layer: nn.Module, weight: Tensor) -> None:
+    """Refuse a matrix of another shape than the layer's, which `copy_` would broadcast."""
+    if tuple(weight.shape) != matrix_shape(layer):
+        raise ValueError(
+            f"{type(layer).__name__} holds a matrix of shape {matrix_shape(layer)}, "
+            f"got {tuple(weight.shape)}"
+        )
+
+
+@singledispatch
+def weight_blocks(layer: nn.Module) -> Iterator[Tensor]:
+    """The layer's matrix in fp32 as blocks of whole rows ``(some, in)``, top to bottom.
+
+    At most `BLOCK` elements (but at least one row) are copied at a time, none if it is fp32.
+    """
+    matrix = stored_matrix(layer).detach()
+    if matrix.dtype == torch.float32:
+        yield matrix
+        return
+    rows = max(1, BLOCK // matrix.shape[1])
+    for start in range(0, matrix.shape[0], rows):
+        yield matrix[start : start + rows].float()
 
 
 @singledispatch
@@ -36,12 +83,40 @@ def add_low_rank(
     layer: nn.Module,
     output: Tensor,  # what the frozen layer returned
     x: Tensor,  # what goes into the branch
-    A: Tensor,  # (r, in)
+    A: Tensor,  # (groups * r, in)
     B: Tensor,  # (out, r)
     scale: float,
 ) -> Tensor:
     """``output + scale * B A x``, with the matrices applied as ``layer`` applies its own."""
     raise TypeError(f"no storage is registered for {type(layer).__name__}")
+
+
+@singledispatch
+def factor_shapes(layer: nn.Module, rank: int) -> tuple[Size, Size]:
+    """Shapes of ``A`` and ``B`` as weights of layers of this kind: what a file holds."""
+    out_features, in_features = matrix_shape(layer)
+    return Size((rank, in_features)), Size((out_features, rank))
+
+
+@singledispatch
+def per_output(layer: nn.Module, vector: Tensor) -> Tensor:
+    """View ``vector`` (out,) so that it broadcasts over the layer's output."""
+    return vector
+
+
+@singledispatch
+def group_count(layer: nn.Module) -> int:
+    """Number of blocks of outputs that read blocks of inputs of their own (grouped convolution).
+
+    Block ``j`` of a low-rank product is then ``B[j-th rows] A[j-th rows]``.
+    """
+    return 1
+
+
+@singledispatch
+def peft_agrees(layer: nn.Module) -> bool:
+    """Whether PEFT computes the same from the same factors beside a layer like this."""
+    return True
 
 
 @singledispatch
