@@ -1,25 +1,17 @@
 """Put adapters on a model, take them off, merge them in; one forward hook does the work."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lit_adapters.adapters import Adapter, AdapterSpec
+from lit_adapters.adapters import Adapted, Adapter, AdapterSpec
 from lit_adapters.initialisers import named_generator
 from lit_adapters.targets import match_targets
-from lit_adapters.weights import read_weight, write_weight
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Adapted(NamedTuple):
-    """A layer that holds an adapter, and its dotted name in the model."""
-
-    name: str
-    layer: nn.Module
-    adapter: Adapter
 
 
 def attach(model: nn.Module, spec: AdapterSpec, seed: int | None = None) -> list[str]:
@@ -47,6 +39,7 @@ def attach(model: nn.Module, spec: AdapterSpec, seed: int | None = None) -> list
     names = match_targets(model, spec)
     layers = {name: model.get_submodule(name) for name in names}
     adapters = {name: spec.build(layer, name) for name, layer in layers.items()}
+    _refuse_half_trained(model, adapters)
     for name, layer in layers.items():
         adapters[name].reset(layer, named_generator(name, seed))
     mount(model, adapters)
@@ -60,13 +53,39 @@ def mount(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         layer = model.get_submodule(name)
         layer.add_module("adapter", adapter.train(layer.training))
         layer.register_forward_hook(apply_adapter, with_kwargs=True)
+        if adapter.changes_inputs:
+            layer.register_forward_pre_hook(change_inputs, with_kwargs=True)
+        for parameter in adapter.trained(layer):
+            parameter.requires_grad_(True)
 
 
 def apply_adapter(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Tensor:
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """The forward hook of every adapted layer (at module level, so that models pickle)."""
-    return cast(Adapter, layer.adapter)(layer, args, kwargs, output)
+    adapter = cast(Adapter, layer.adapter)
+    return adapter(layer, args, kwargs, output) if adapter.active else output
+
+
+def change_inputs(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The forward pre-hook of layers whose adapter `changes_inputs`."""
+    adapter = cast(Adapter, layer.adapter)
+    return adapter.inputs(layer, args, kwargs) if adapter.active else (args, kwargs)
+
+
+@contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """Let the model compute without its adapters for the duration of a ``with`` block."""
+    adapters = [adapter for *_, adapter in adapted_layers(model) if adapter.active]
+    for adapter in adapters:
+        adapter.active = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.active = True
 
 
 def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
@@ -92,7 +111,8 @@ def merge(model: Model) -> Model:
 
     Raises:
         ValueError: if a weight is shared with a module outside the adapter (a tied output head),
-            which merging would change too, or the model holds no adapter. Nothing is then merged.
+            which merging would change too, if the method cannot be merged (prompts), or the model
+            holds no adapter. Nothing is then merged.
     """
     adapted = list(adapted_layers(model))
     if not adapted:
@@ -100,7 +120,7 @@ def merge(model: Model) -> Model:
     _refuse_tied(model, adapted)
     with torch.no_grad():
         for _, layer, adapter in adapted:
-            write_weight(layer, adapter.merged(read_weight(layer)))
+            adapter.merge_into(layer)
             _remove(layer)
     return model
 
@@ -142,18 +162,47 @@ def _remove(layer: nn.Module) -> None:
         if hook is apply_adapter:
             del layer._forward_hooks[key]
             layer._forward_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is change_inputs:
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    for parameter in cast(Adapter, layer.adapter).trained(layer):
+        parameter.requires_grad_(False)
     del layer.adapter
 
 
-def _refuse_tied(model: nn.Module, adapted: list[Adapted]) -> None:
-    """Merging into a tied weight would change the module at its other end as well."""
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by its id; several where weights are tied."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _refuse_half_trained(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """A trained weight that is tied to a module left out would change that one as well."""
+    owners = _owners(model)
+    for name, adapter in adapters.items():
+        for parameter in adapter.trained(model.get_submodule(name)):
+            others = [n for n in owners[id(parameter)] if n not in adapters]
+            if others:
+                raise ValueError(
+                    f"a weight of {name!r} is tied to {others[0]!r}, which is not to be trained; "
+                    "leave out both with `exclude`, or train both"
+                )
+
+
+def _refuse_tied(model: nn.Module, adapted: list[Adapted]) -> None:
+    """Merging into a tied weight would change the module at its other end as well."""
+    owners = _owners(model)
+    trained = {id(p) for _, layer, adapter in adapted for p in adapter.trained(layer)}
     for name, layer, _ in adapted:
-        shared = [n for n in owners[id(layer.weight)] if n != name]
+        weight = getattr(layer, "weight", None)
+        if weight is None or id(weight) in trained:  # nothing is written
+            continue
+        shared = [n for n in owners[id(weight)] if n != name]
         if shared:
             raise ValueError(
                 f"the weight of {name!r} is tied to {', '.join(map(repr, shared))}; merging would "

@@ -1,6 +1,7 @@
 """Recognise a base model again: a name to show, and a short digest of its weights."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,20 +12,23 @@ from lit_adapters.adapters import Adapter
 SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billions of weights
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> str:
     """Digest of the model's own weights, the same with or without adapters.
 
     Covers name, shape and 16 evenly spaced values of every floating-point parameter. Returns two
     digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
-    is recognised in whichever precision it was loaded; compare with `same_base`.
+    is recognised in whichever precision it was loaded; compare with `same_base`. Of the base's own
+    parameters that are ``trained``, only name and shape are covered.
     """
+    moving = {id(parameter) for parameter in trained}
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapters or not parameter.is_floating_point():
             continue
         values = parameter.detach().flatten()
-        sample = values[spaced(len(values), SAMPLES)].cpu()
+        count = 0 if id(parameter) in moving else SAMPLES
+        sample = values[spaced(len(values), count)].cpu()
         for dtype, digest in digests.items():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())

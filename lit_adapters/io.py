@@ -1,9 +1,9 @@
 """Save and load adapters: PEFT's layout, safetensors only, strict, all or nothing."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_adapters.adapters import AdapterSpec
-from lit_adapters.attachment import Adapted, adapted_layers, mount
+from lit_adapters.adapters import PREFIX, Adapted, AdapterSpec
+from lit_adapters.attachment import adapted_layers, mount
 from lit_adapters.fingerprint import base_name, fingerprint, same_base
 from lit_adapters.folder import (
     CARD,
@@ -27,8 +27,6 @@ from lit_adapters.model_card import adapter_card
 from lit_adapters.peft_config import spec_from_peft
 from lit_adapters.targets import match_targets, shortest_targets
 from lit_adapters.version import __version__
-
-PREFIX = "base_model.model."  # PEFT finds nothing without it
 
 Parsed = TypeVar("Parsed")
 
@@ -47,29 +45,33 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     if not adapted:
         raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
     hub_id, name = base_name(model)
+    adapter = adapted[0].adapter
+    adapters = [adapter for *_, adapter in adapted]
+    spec = adapter.spec.filed(adapters)
     config = {
-        **adapted[0].adapter.spec.to_peft(),
+        **spec.to_peft(shortest_targets(model, [name for name, *_ in adapted]), adapters),
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
         "base_model_name_or_path": hub_id,
-        "target_modules": shortest_targets(model, [name for name, *_ in adapted]),
-        "fan_in_fan_out": any(isinstance(layer, Conv1D) for _, layer, _ in adapted),
         "inference_mode": True,
     }
+    if "fan_in_fan_out" in spec.peft_fields and any(
+        isinstance(layer, Conv1D) for _, layer, _ in adapted
+    ):
+        config["fan_in_fan_out"] = True
     extra = {
         "format": 1,
-        "method": type(adapted[0].adapter.spec).__name__,
+        "method": type(spec).__name__,
+        **adapter.notes(),
         "base": name,
-        "base_fingerprint": fingerprint(model),
+        "base_fingerprint": fingerprint(model, _trained(adapted)),
         "versions": {
             "lit_adapters": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    tensors = {
-        key: parameter.detach().to("cpu", torch.float32).contiguous()
-        for key, parameter in _parameters_by_key(adapted).items()
-    }
+    packed = spec.pack(model, adapted)
+    tensors = {key: tensor.to("cpu").contiguous() for key, tensor in packed.items()}
     folder = Path(path)
     with all_or_nothing(folder) as part:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
@@ -100,44 +102,35 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     folder = Path(path)
     config = read_json(folder, CONFIG)
     spec = _naming(folder / CONFIG, lambda: spec_from_peft(config))
+    notes = _notes(folder)
+    adapted = _naming(folder / CONFIG, lambda: _build(model, spec, {**notes, **config}))
     if check_base:
-        _check_base(model, folder)
-    adapted = _naming(folder / CONFIG, lambda: _build(model, spec))
+        _check_base(model, adapted, folder, notes)
     held = list(adapted_layers(model))
     if held:
         _check_same(held, adapted, folder)
         adapted = held
-    parameters = _parameters_by_key(adapted)
+    expected = spec.pack(model, adapted)
     copies = {
         f"{PREFIX}{name}.base_layer.weight": layer.get_parameter("weight")
-        for name, layer, _ in adapted
+        for name, layer, adapter in adapted
+        if hasattr(layer, "weight") and not adapter.trained(layer)
     }
-    shapes = {key: parameter.shape for key, parameter in parameters.items()}
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
     optional = {key: weight.shape for key, weight in copies.items()}
     tensors = read_tensors(folder, shapes, optional)
     for key in copies.keys() & tensors.keys():
         _check_copy(folder / WEIGHTS, key, tensors[key], copies[key].detach())
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+    spec.unpack(model, adapted, tensors)
     if not held:
         mount(model, {name: adapter for name, _, adapter in adapted})
     return [name for name, *_ in adapted]
 
 
-def _build(model: nn.Module, spec: AdapterSpec) -> list[Adapted]:
+def _build(model: nn.Module, spec: AdapterSpec, stated: Mapping[str, Any]) -> list[Adapted]:
     names = match_targets(model, spec)
     layers = [(name, model.get_submodule(name)) for name in names]
-    return [Adapted(name, layer, spec.build(layer, name)) for name, layer in layers]
-
-
-def _parameters_by_key(adapted: Iterable[Adapted]) -> dict[str, nn.Parameter]:
-    """Every adapter parameter by its key in the file."""
-    return {
-        f"{PREFIX}{name}.{key}": adapter.get_parameter(parameter)
-        for name, layer, adapter in adapted
-        for parameter, key in adapter.file_keys(layer).items()
-    }
+    return [Adapted(name, layer, spec.rebuild(layer, name, stated)) for name, layer in layers]
 
 
 def _check_same(held: list[Adapted], stored: list[Adapted], folder: Path) -> None:
@@ -162,15 +155,24 @@ def _check_copy(file: Path, key: str, stored: Tensor, weight: Tensor) -> None:
         )
 
 
-def _check_base(model: nn.Module, folder: Path) -> None:
+def _notes(folder: Path) -> dict[str, Any]:
+    """What ``lit_adapters.json`` says; PEFT writes none."""
     extra = folder / EXTRA
-    if not (extra.exists() or extra.is_symlink()):
-        return  # written by PEFT, which records no fingerprint
-    recorded = read_json(folder, EXTRA)
-    expected, actual = recorded.get("base_fingerprint"), fingerprint(model)
+    return read_json(folder, EXTRA) if extra.exists() or extra.is_symlink() else {}
+
+
+def _trained(adapted: list[Adapted]) -> list[nn.Parameter]:
+    """The base's own parameters that training changes."""
+    return [p for _, layer, adapter in adapted for p in adapter.trained(layer)]
+
+
+def _check_base(
+    model: nn.Module, adapted: list[Adapted], folder: Path, notes: Mapping[str, Any]
+) -> None:
+    expected, actual = notes.get("base_fingerprint"), fingerprint(model, _trained(adapted))
     if expected is not None and not same_base(str(expected), actual):
         raise ValueError(
-            f"{folder} was trained on another base ({recorded.get('base')!r}, fingerprint "
+            f"{folder} was trained on another base ({notes.get('base')!r}, fingerprint "
             f"{expected}); this model's weights have fingerprint {actual}. Load that base "
             "(--base on the command line), or pass check_base=False if you mean to use it here"
         )

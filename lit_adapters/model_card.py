@@ -3,23 +3,30 @@
 from collections.abc import Mapping
 from typing import Any
 
+PEFT_READS = {"LORA", "ADAPTION_PROMPT", "PREFIX_TUNING"}
+
 
 def adapter_card(config: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     """Return a short model card: what this is, its base, and how to load it."""
     hub_id = config["base_model_name_or_path"]
-    front = ["library_name: peft", "tags: [lit_adapters, lora]"]
+    with_peft = config["peft_type"] in PEFT_READS
+    front = [f"library_name: {'peft' if with_peft else 'lit_adapters'}"]
+    front.append(f"tags: [lit_adapters, {extra['method']}]")
     if hub_id:
         front.append(f"base_model: {hub_id}")
     settings = "\n".join(
-        f"| {key} | {config[key]} |" for key in ("r", "lora_alpha", "use_rslora") if key in config
+        f"| {key} | {value} |"
+        for key, value in {**config, **extra}.items()
+        if isinstance(value, str | int | float) and key not in {"format", "base_fingerprint"}
     )
+    other = "  # or peft.PeftModel.from_pretrained(model, ...)" if with_peft else ""
     return f"""---
 {chr(10).join(front)}
 ---
 
 # {extra["method"]} adapter for {extra["base"]}
 
-Low-rank weights only; the base model (fingerprint `{extra["base_fingerprint"]}`) is not included.
+What was trained; the frozen base model (fingerprint `{extra["base_fingerprint"]}`) is not included.
 
 | setting | value |
 |---|---|
@@ -28,7 +35,7 @@ Low-rank weights only; the base model (fingerprint `{extra["base_fingerprint"]}`
 ```python
 from lit_adapters import load_adapter
 
-load_adapter(model, "this/folder")  # or peft.PeftModel.from_pretrained(model, "this/folder")
+load_adapter(model, "this/folder"){other}
 ```
 
 Written by lit_adapters {extra["versions"]["lit_adapters"]}.

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.adapters import Adapter, AdapterSpec
-from lit_adapters.weights import is_adaptable
 
 
 def match_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -19,25 +18,25 @@ def match_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
             regular expression, or a matched module cannot hold an adapter.
     """
     modules = _candidates(model)
-    names = _select(modules, spec.targets, "targets", model)
+    names = _select(modules, spec.targets, "targets", model, spec)
     if spec.exclude is not None:
-        excluded = set(_select(modules, spec.exclude, "exclude", model))
+        excluded = set(_select(modules, spec.exclude, "exclude", model, spec))
         names = [name for name in names if name not in excluded]
     if spec.layers is not None:
         names = [name for name in names if _layer_number(name) in spec.layers]
     if not names:
         raise ValueError(
             f"no module is left to adapt: targets={spec.targets!r}, exclude={spec.exclude!r}, "
-            f"layers={spec.layers!r} leave nothing. {_nearest(str(spec.targets), modules)}"
+            f"layers={spec.layers!r} leave nothing. {_nearest(str(spec.targets), modules, spec)}"
         )
-    unfit = [name for name in names if not is_adaptable(modules[name])]
+    unfit = [name for name in names if not spec.fits(modules[name])]
     if unfit:
         kind = type(modules[unfit[0]]).__name__
         raise ValueError(
             f"targets={spec.targets!r} matches {unfit[0]!r}, a {kind}, which cannot hold a "
-            f"low-rank adapter; name the linear or embedding layers inside it instead"
+            f"{type(spec).__name__} adapter. {_nearest('', modules, spec)}"
         )
-    return names
+    return spec.select(names)
 
 
 def shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
@@ -58,8 +57,14 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _select(
-    modules: dict[str, nn.Module], wanted: str | list[str], field: str, model: nn.Module
+    modules: dict[str, nn.Module],
+    wanted: str | list[str],
+    field: str,
+    model: nn.Module,
+    spec: AdapterSpec,
 ) -> list[str]:
+    if wanted == "all":
+        return [name for name, module in modules.items() if spec.fits(module)]
     if wanted == "all-linear":
         heads = {
             id(module.get_output_embeddings())
@@ -80,13 +85,14 @@ def _select(
         if not names:
             raise ValueError(
                 f"{field}={wanted!r} matches no module. A string is a regular expression for the "
-                f"whole dotted name; write a list for name endings. {_nearest(wanted, modules)}"
+                "whole dotted name; write a list for name endings. "
+                f"{_nearest(wanted, modules, spec)}"
             )
         return names
     for entry in wanted:
         if not any(_ends_with(name, entry) for name in modules):
             raise ValueError(
-                f"{field} entry {entry!r} matches no module. {_nearest(entry, modules)}"
+                f"{field} entry {entry!r} matches no module. {_nearest(entry, modules, spec)}"
             )
     return [name for name in modules if any(_ends_with(name, entry) for entry in wanted)]
 
@@ -100,10 +106,10 @@ def _layer_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
+def _nearest(wanted: str, modules: dict[str, nn.Module], spec: AdapterSpec) -> str:
     """A sentence listing the target names that look most like ``wanted``."""
     endings = {
-        name.rpartition(".")[2]: None for name, module in modules.items() if is_adaptable(module)
+        name.rpartition(".")[2]: None for name, module in modules.items() if spec.fits(module)
     }
     wanted = wanted.rpartition(".")[2]
     near = difflib.get_close_matches(wanted, endings, n=5, cutoff=0.5) or list(endings)[:12]

@@ -37,9 +37,15 @@ def keep_trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 def check_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Compare a checkpoint's tensors with what is trained in ``model``.
 
+    An adapter that was pinned to its origin in the checkpoint is pinned here too, and the reverse.
+
     Raises:
         ValueError: naming the first missing, unexpected or differently shaped tensor.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            start = f"{name}."
+            module.adopt({key[len(start) :] for key in state if key.startswith(start)})
     expected = keep_trained(model, model.state_dict())
     for key in expected:
         if key not in state:

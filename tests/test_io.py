@@ -536,7 +536,6 @@ def test_a_config_field_that_means_nothing_is_refused_by_file_and_value(folder, 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("lora_bias", True),
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),

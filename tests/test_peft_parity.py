@@ -394,7 +394,6 @@ def test_saved_dropout_is_read(tmp_path):
 
 
 RESULT_CHANGING = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["lm_head"],

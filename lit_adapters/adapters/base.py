@@ -1,20 +1,24 @@
 """The two halves of every method: its settings (`AdapterSpec`) and its module (`Adapter`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Generator, Tensor, nn
+
+PREFIX = "base_model.model."  # of every key in a file; PEFT finds nothing without it
 
 
 class Adapter(nn.Module, ABC):
     """What is trained beside one frozen layer; it lives at ``layer.adapter``.
 
-    It never holds its layer: one forward hook on the layer passes it in, so the module tree has no
+    It never holds its layer: forward hooks on the layer pass it in, so the module tree has no
     cycles and deepcopy, pickle and sharding see an ordinary child.
     """
 
     spec: "AdapterSpec"  # what it was built from
+    active = True  # whether the layer's hooks use it
+    changes_inputs: ClassVar[bool] = False  # whether `inputs` does anything
 
     @abstractmethod
     def reset(self, layer: nn.Module, generator: Generator) -> None:
@@ -22,21 +26,66 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Return the adapted output of ``layer``, called with ``args`` and ``kwargs``."""
 
-    @abstractmethod
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return the fp32 matrix ``(out, in)`` that equals frozen ``weight`` plus adapter."""
+    def inputs(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what ``layer`` is called with instead, if `changes_inputs`."""
+        return args, kwargs
 
     @abstractmethod
     def computes_like(self, other: "Adapter") -> bool:
         """Whether equal parameters would mean equal outputs in evaluation."""
 
+    def start(
+        self, layer: nn.Module, initialiser: Any, generator: Generator, evidence: Any = None
+    ) -> None:
+        """Take the start that ``initialiser`` computes, from ``evidence`` if it asked for any.
+
+        Raises:
+            TypeError: if this method has no such start.
+        """
+        raise TypeError(
+            f"{type(initialiser).__name__} does not fit {type(self.spec).__name__}, which has no "
+            "low-rank factors; leave the initialiser out"
+        )
+
+    def merge_into(self, layer: nn.Module) -> None:
+        """Change the weight of ``layer`` so that it computes the same without the adapter.
+
+        Raises:
+            ValueError: if no weight can say what the adapter does. The layer is then unchanged.
+        """
+        raise ValueError(
+            f"{type(self.spec).__name__} cannot be merged: no weight of the base computes the "
+            "same. Keep the base and load the adapter folder on it"
+        )
+
+    def trained(self, layer: nn.Module) -> list[nn.Parameter]:
+        """Parameters of ``layer`` itself that training changes; none for most methods."""
+        return []
+
     @abstractmethod
-    def file_keys(self, layer: nn.Module) -> dict[str, str]:
-        """Map parameter names to their keys in a PEFT file, after the layer's name and a dot."""
+    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return what a file holds, by key after the layer's name and a dot."""
+
+    @abstractmethod
+    def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` returned elsewhere; keys and shapes have been checked."""
+
+    def notes(self) -> dict[str, Any]:
+        """Return what ``lit_adapters.json`` says beside the tensors."""
+        return {}
+
+    def adopt(self, names: Set[str]) -> None:
+        """Make room for the parameters of a checkpoint, of which ``names`` are this adapter's."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.adopt({key[len(prefix) :] for key in state if key.startswith(prefix)})
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Follow the model to another device but never to another dtype.
@@ -52,13 +101,24 @@ class Adapter(nn.Module, ABC):
         return super()._apply(keep_dtype, recurse)
 
 
+class Adapted(NamedTuple):
+    """A layer that holds an adapter (or is about to), and its dotted name in the model."""
+
+    name: str
+    layer: nn.Module
+    adapter: Adapter
+
+
 class AdapterSpec(ABC):
     """Settings of a method: a frozen dataclass whose fields are the YAML's keys.
 
     A plain base class on purpose: the CLI would refuse subclasses of a dataclass.
     """
 
-    peft_identity: ClassVar[dict[str, Any]]  # the fields of a PEFT config that mean this method
+    peft_types: ClassVar[
+        tuple[str, ...]
+    ]  # values of ``peft_type`` in a config that may mean this method
+    peft_fields: ClassVar[Set[str]]  # the fields of such a config that `from_peft` reads
 
     targets: str | list[str]
     exclude: str | list[str] | None
@@ -75,6 +135,17 @@ class AdapterSpec(ABC):
             raise ValueError(f"layers must be a list of layer numbers, got {layers!r}")
 
     @abstractmethod
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether this method can adapt a module like ``layer``."""
+
+    def select(self, names: list[str]) -> list[str]:
+        """Narrow the names that the targets matched, given in model order."""
+        return names
+
+    def prepare(self, model: nn.Module, tokenizer: Callable[[], Any]) -> None:  # noqa: B027
+        """Finish the start of freshly attached adapters that need the whole model or text."""
+
+    @abstractmethod
     def build(self, layer: nn.Module, name: str) -> Adapter:
         """Return an adapter for ``layer``, called ``name`` in its model, values not yet set.
 
@@ -82,9 +153,25 @@ class AdapterSpec(ABC):
             ValueError: if the settings do not fit this layer.
         """
 
+    def rebuild(self, layer: nn.Module, name: str, stated: Mapping[str, Any]) -> Adapter:
+        """Like `build`, for a file; ``stated`` are the fields of its two JSON files together."""
+        return self.build(layer, name)
+
+    def filed(self, adapters: Sequence[Adapter]) -> "AdapterSpec":
+        """Return the settings that a file with the tensors of ``adapters`` states."""
+        return self
+
     @abstractmethod
-    def to_peft(self) -> dict[str, Any]:
-        """Return the fields of PEFT's ``adapter_config.json`` that say the same, less targets."""
+    def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
+        """Return the fields of PEFT's ``adapter_config.json`` that say the same.
+
+        ``targets`` are the shortest names that mean exactly the modules of ``adapters``.
+        """
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a PEFT ``adapter_config.json`` states this method."""
+        return config.get("peft_type") in cls.peft_types
 
     @classmethod
     @abstractmethod
@@ -94,3 +181,19 @@ class AdapterSpec(ABC):
         Raises:
             ValueError: if a field is malformed, or asks for what this method does not do.
         """
+
+    def pack(self, model: nn.Module, adapted: Sequence[Adapted]) -> dict[str, Tensor]:
+        """Return everything that the file of an adapted model holds, by key."""
+        return {
+            f"{PREFIX}{name}.{key}": tensor.detach()
+            for name, layer, adapter in adapted
+            for key, tensor in adapter.tensors(layer).items()
+        }
+
+    def unpack(
+        self, model: nn.Module, adapted: Sequence[Adapted], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Load what `pack` returned, checked to have its keys and shapes."""
+        for name, layer, adapter in adapted:
+            keys = adapter.tensors(layer)
+            adapter.load(layer, {key: tensors[f"{PREFIX}{name}.{key}"] for key in keys})

@@ -2,19 +2,19 @@
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lit_adapters.adapters.base import Adapter, AdapterSpec
+from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec
 from lit_adapters.adapters.fields import read_field
-from lit_adapters.initialisers import Factors, Kaiming
-from lit_adapters.weights import add_low_rank, is_lookup, matrix_shape
+from lit_adapters.adapters.low_rank import ORIGIN_NOTE, LoRAAdapter
+from lit_adapters.weights import group_count, is_adaptable, matrix_shape, peft_agrees
+
+# Starts after which PEFT subtracts the first product from the base it trains on.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,14 @@ class LoRA(AdapterSpec):
         alpha_pattern: The same for alpha.
     """
 
-    peft_identity: ClassVar[dict[str, Any]] = {"peft_type": "LORA"}
+    # The second is unknown to PEFT, which refuses it: for layers where it computes something else.
+    peft_types: ClassVar[tuple[str, ...]] = ("LORA", "LIT_LORA")
+    peft_fields: ClassVar[Set[str]] = frozenset(
+        "r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules "
+        "layers_to_transform rank_pattern alpha_pattern fan_in_fan_out init_lora_weights bias "
+        "loftq_config megatron_core qalora_group_size ensure_weight_tying runtime_config "
+        "eva_config corda_config lora_ga_config".split()
+    )
 
     rank: int = 8
     alpha: float = 16
@@ -62,6 +69,10 @@ class LoRA(AdapterSpec):
             except re.error as error:
                 raise ValueError(f"pattern {pattern!r} is not regular: {error}") from error
 
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether some storage in ``weights/`` knows the matrix of ``layer``."""
+        return is_adaptable(layer)
+
     def rank_and_scale(self, name: str) -> tuple[int, float]:
         """Return rank and scale of the module called ``name``, patterns applied.
 
@@ -71,21 +82,79 @@ class LoRA(AdapterSpec):
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def build(self, layer: nn.Module, name: str) -> "LoRAAdapter":
+    def build(self, layer: nn.Module, name: str) -> LoRAAdapter:
         """Return an adapter with unset factors, on the device of ``layer``."""
         rank, scale = self.rank_and_scale(name)
-        shape = matrix_shape(layer)
-        if rank > min(shape):
+        out_features, in_features = matrix_shape(layer)
+        limit = min(out_features // group_count(layer), in_features)
+        if rank > limit:
             raise ValueError(
-                f"rank {rank} exceeds min(out, in) = {min(shape)} of {name!r}; lower `rank`, give "
+                f"rank {rank} exceeds min(out, in) = {limit} of {name!r}; lower `rank`, give "
                 f"this module its own in `rank_pattern`, or narrow `targets`"
             )
-        return LoRAAdapter(self, rank, scale, shape, next(layer.parameters()).device)
+        return self.adapter_class(self, rank, scale, self.dropout, layer)
 
-    def to_peft(self) -> dict[str, Any]:
+    @property
+    def adapter_class(self) -> type[LoRAAdapter]:
+        """The module that these settings build."""
+        return LoRAAdapter
+
+    def rebuild(self, layer: nn.Module, name: str, stated: Mapping[str, Any]) -> LoRAAdapter:
+        """Split the two halves of a file's rank again if the second is the start.
+
+        Raises:
+            ValueError: if PEFT computed something else beside this layer.
+        """
+        if stated.get("peft_type") == "LORA" and not peft_agrees(layer):
+            raise ValueError(
+                f"PEFT ran the adapter of {name!r} without its padding mode, dilation "
+                "and groups, so here its factors compute something else; use it with PEFT"
+            )
+        if stated.get("origin") != ORIGIN_NOTE:
+            return self.build(layer, name)
+        adapter = self.of_half_rank().build(layer, name)
+        adapter.pin()
+        return adapter
+
+    def filed(self, adapters: Sequence[Adapter]) -> "LoRA":
+        """Return these settings, or, for pinned adapters, the plain LoRA that their file holds."""
+        pinned = any(isinstance(adapter, LoRAAdapter) and adapter.pinned for adapter in adapters)
+        return self.of_double_rank() if pinned else self
+
+    def of_double_rank(self) -> "LoRA":
+        """Return the plain LoRA that holds a pinned origin in the second half of its rank."""
+        return self._resized(lambda rank: 2 * rank, math.sqrt(2) if self.rslora else 2)
+
+    def of_half_rank(self) -> "LoRA":
+        """Undo `of_double_rank`.
+
+        Raises:
+            ValueError: if a rank is odd.
+        """
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if odd:
+            raise ValueError(
+                f"a file with a pinned origin holds twice the rank, but rank {odd[0]} is odd"
+            )
+        return self._resized(lambda rank: rank // 2, math.sqrt(0.5) if self.rslora else 0.5)
+
+    def _resized(self, rank: Callable[[int], int], alpha: float) -> "LoRA":
+        return replace(
+            self,
+            rank=rank(self.rank),
+            alpha=_rounded(self.alpha * alpha),
+            rank_pattern={key: rank(value) for key, value in self.rank_pattern.items()},
+            alpha_pattern={
+                key: _rounded(value * alpha) for key, value in self.alpha_pattern.items()
+            },
+        )
+
+    def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
         """Return the LoRA fields of an ``adapter_config.json``."""
+        agrees = all(isinstance(a, LoRAAdapter) and a.peft_agrees for a in adapters)
         return {
-            **self.peft_identity,
+            "peft_type": "LORA" if agrees else "LIT_LORA",
+            "target_modules": targets,
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
@@ -97,8 +166,14 @@ class LoRA(AdapterSpec):
         }
 
     @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Whether the config states LoRA without the magnitudes of DoRA."""
+        return super().recognises(config) and not config.get("use_dora")
+
+    @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
         """Return the settings in a PEFT LoRA config; what PEFT leaves out takes PEFT's default."""
+        _refuse_unsupported(config)
         return cls(
             rank=read_field(config, "r", int, 8),
             alpha=read_field(config, "lora_alpha", (int, float), 8),
@@ -111,76 +186,29 @@ class LoRA(AdapterSpec):
             alpha_pattern=read_field(config, "alpha_pattern", dict, {}),
         )
 
+    def pack(self, model: nn.Module, adapted: Sequence[Adapted]) -> dict[str, Tensor]:
+        """Return the factors in fp32."""
+        return {key: tensor.float() for key, tensor in super().pack(model, adapted).items()}
 
-class LoRAAdapter(Adapter):
-    """The trained factors ``lora_A`` (rank, in) and ``lora_B`` (out, rank), fp32.
 
-    The branch is computed in fp32 (or in autocast's dtype) and cast to the layer's output dtype.
-    """
-
-    def __init__(
-        self,
-        spec: LoRA,
-        rank: int,
-        scale: float,
-        shape: tuple[int, int],
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.rank = rank
-        self.scale = scale
-        self.dropout = spec.dropout
-        out_features, in_features = shape
-        empty = partial(torch.empty, device=device, dtype=torch.float32)
-        self.lora_A = nn.Parameter(empty(rank, in_features))
-        self.lora_B = nn.Parameter(empty(out_features, rank))
-
-    def reset(self, layer: nn.Module, generator: torch.Generator) -> None:
-        """Draw a Kaiming start."""
-        shape_only = torch.empty(matrix_shape(layer), device="meta")
-        lookup = is_lookup(layer)
-        self.set_factors(
-            Kaiming()(shape_only, self.rank, self.scale, generator=generator, lookup=lookup)
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if config.get("bias") not in (None, "none"):
+        raise ValueError(
+            f"bias={config['bias']!r}: trained biases are not supported; merge the adapter with "
+            "PEFT instead"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
+        raise ValueError(
+            f"init_lora_weights={start!r}: these factors belong to a base from which PEFT "
+            "subtracts their start, so on the original base they compute something else. Convert "
+            "the folder with PEFT first (save_pretrained with "
+            "path_initial_model_for_weight_conversion), which writes a plain LoRA"
         )
 
-    @torch.no_grad()
-    def set_factors(self, factors: Factors) -> None:
-        """Start training from these factors."""
-        self.lora_A.copy_(factors.A)
-        self.lora_B.copy_(factors.B)
 
-    def forward(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        """Return ``output + scale * B A dropout(x)`` in the dtype of ``output``."""
-        if self.scale == 0:
-            return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self.training and self.dropout > 0 and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
-        return add_low_rank(layer, output, x, self.lora_A, self.lora_B, self.scale)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return ``weight + scale * B A`` (out, in), fp32."""
-        if self.scale == 0:
-            return weight
-        return weight + self.scale * (self.lora_B.detach() @ self.lora_A.detach())
-
-    def computes_like(self, other: Adapter) -> bool:
-        """Return whether ``other`` has the same rank and scale."""
-        same_kind = type(self) is type(other) and isinstance(other, LoRAAdapter)
-        return same_kind and (self.rank, self.scale) == (other.rank, other.scale)
-
-    def file_keys(self, layer: nn.Module) -> dict[str, str]:
-        """Return PEFT's names for the factors."""
-        if is_lookup(layer):
-            return {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-        return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-
-    def extra_repr(self) -> str:
-        """Return rank and scale for ``print(model)``."""
-        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+def _rounded(alpha: float) -> float:
+    return float(f"{alpha:.15g}")  # doubling and halving then give back the same number
 
 
 def _is_number(value: Any) -> bool:

@@ -21,6 +21,14 @@ class Initialiser(Protocol):
     def reads_weight(self) -> bool:
         """Whether the values of ``weight`` matter; if not, a meta tensor of its shape is passed."""
 
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether it needs ``gradient``, estimated on batches of real data."""
+
+    @property
+    def pins_origin(self) -> bool:
+        """Whether ``B A`` is not zero, so that the adapter has to remember where it started."""
+
     def __call__(
         self,
         weight: Tensor,  # (out, in), fp32
@@ -29,11 +37,12 @@ class Initialiser(Protocol):
         *,
         generator: torch.Generator,
         lookup: bool = False,
+        gradient: Tensor | None = None,  # (out, in), fp32
     ) -> Factors:
-        """Return the factors for ``weight``; ``lookup`` says the layer is indexed (an embedding).
+        """Return the factors for ``weight``.
 
-        A lookup's columns that no training example touches must stay where they are, so there it
-        is ``A`` that starts at zero.
+        ``lookup`` says that the layer is indexed (an embedding): a column that no training example
+        touches should stay where it is, so where a start has a choice, ``A`` is what is zero.
         """
 
 

@@ -17,6 +17,8 @@ class Kaiming:
     """
 
     reads_weight = False
+    reads_gradient = False
+    pins_origin = False
 
     def __call__(
         self,
@@ -26,6 +28,7 @@ class Kaiming:
         *,
         generator: torch.Generator,
         lookup: bool = False,
+        gradient: Tensor | None = None,
     ) -> Factors:
         """Return the factors for a matrix of the shape of ``weight``."""
         out_features, in_features = weight.shape
@@ -44,6 +47,8 @@ class Gaussian:
     """
 
     reads_weight = False
+    reads_gradient = False
+    pins_origin = False
 
     def __call__(
         self,
@@ -53,6 +58,7 @@ class Gaussian:
         *,
         generator: torch.Generator,
         lookup: bool = False,
+        gradient: Tensor | None = None,
     ) -> Factors:
         """Return the factors for a matrix of the shape of ``weight``."""
         out_features, in_features = weight.shape

@@ -1,0 +1,118 @@
+"""Full fine-tuning, the baseline: every parameter of the base is trained where it is."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters.fields import read_field
+
+
+@dataclass(frozen=True)
+class FullFineTuning(AdapterSpec):
+    """Train the base itself, behind the same module, configs, checkpoints and folders.
+
+    Args:
+        targets: ``"all"`` (every module with parameters of its own), or as in `LoRA`.
+        exclude: Names to leave frozen: a regular expression or a list of name endings.
+        layers: Keep only modules inside the decoder layers of these numbers.
+    """
+
+    peft_types: ClassVar[tuple[str, ...]] = (
+        "FULL_FINE_TUNING",
+    )  # unknown to PEFT, which refuses it
+    peft_fields: ClassVar[Set[str]] = frozenset({"target_modules"})
+
+    targets: str | list[str] = "all"
+    exclude: str | list[str] | None = None
+    layers: list[int] | None = None
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` has parameters of its own."""
+        return any(True for _ in layer.parameters(recurse=False))
+
+    def build(self, layer: nn.Module, name: str) -> "TrainedLayer":
+        """Return the marker of a trained layer.
+
+        Raises:
+            ValueError: if training changes buffers of ``layer``, which no adapter file holds.
+        """
+        buffers = layer._buffers.keys() - layer._non_persistent_buffers_set
+        if buffers:
+            raise ValueError(
+                f"{name!r} ({type(layer).__name__}) keeps {', '.join(sorted(buffers))} up to date "
+                "beside its parameters, and adapter files hold parameters only; leave it out with "
+                "`exclude`"
+            )
+        return TrainedLayer(self)
+
+    def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
+        """Return the fields of the config, in PEFT's layout."""
+        return {"peft_type": "FULL_FINE_TUNING", "target_modules": targets}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "FullFineTuning":
+        """Return the settings that such a config states."""
+        return cls(targets=read_field(config, "target_modules", (str, list)))
+
+    def pack(self, model: nn.Module, adapted: Sequence[Adapted]) -> dict[str, Tensor]:
+        """Return the trained parameters in their own dtype, a tied one once."""
+        seen: set[int] = set()
+        packed = {}
+        for name, layer, adapter in adapted:
+            for key, tensor in adapter.tensors(layer).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    packed[f"{PREFIX}{name}.{key}"] = tensor.detach()
+        return packed
+
+    @torch.no_grad()
+    def unpack(
+        self, model: nn.Module, adapted: Sequence[Adapted], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Write the trained parameters into the base."""
+        for name, layer, _ in adapted:
+            for key, parameter in layer.named_parameters(recurse=False):
+                value = tensors.get(f"{PREFIX}{name}.{key}")
+                if value is not None:  # absent: tied to one that is there
+                    parameter.copy_(value)
+
+
+class TrainedLayer(Adapter):
+    """Marks a layer whose own parameters are trained; holds nothing and changes nothing."""
+
+    def __init__(self, spec: FullFineTuning) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def reset(self, layer: nn.Module, generator: Generator) -> None:
+        """Start from the base."""
+
+    def forward(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Return ``output``: the layer was trained itself."""
+        return output
+
+    def computes_like(self, other: Adapter) -> bool:
+        """Return whether the other marks a trained layer too."""
+        return isinstance(other, TrainedLayer)
+
+    def merge_into(self, layer: nn.Module) -> None:
+        """Leave the weight, which is trained already."""
+
+    def trained(self, layer: nn.Module) -> list[nn.Parameter]:
+        """Return all parameters of ``layer`` itself."""
+        return list(layer.parameters(recurse=False))
+
+    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return all parameters of ``layer`` itself."""
+        return dict(layer.named_parameters(recurse=False))
+
+    def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Copy into the layer's own parameters."""
+        for key, value in tensors.items():
+            layer.get_parameter(key).data.copy_(value)

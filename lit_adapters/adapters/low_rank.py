@@ -1,0 +1,241 @@
+"""The module of LoRA and its relatives: two thin factors, and where they started."""
+
+import math
+from collections.abc import Mapping, Set
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_adapters.adapters.base import Adapter, AdapterSpec
+from lit_adapters.initialisers import Factors, Initialiser, Kaiming
+from lit_adapters.weights import (
+    add_low_rank,
+    factor_shapes,
+    group_count,
+    is_lookup,
+    matrix_shape,
+    peft_agrees,
+    read_weight,
+    write_weight,
+)
+
+# What ``lit_adapters.json`` says of a file whose rank holds factors and their start.
+ORIGIN_NOTE = "second half of the rank"
+
+
+class LoRAAdapter(Adapter):
+    """The trained factors ``lora_A`` (groups * rank, in) and ``lora_B`` (out, rank), fp32.
+
+    Where training starts at ``B A != 0``, the start is pinned as frozen ``lora_A0`` and ``lora_B0``
+    and the branch is ``scale * (B A - B0 A0) x``: the base is never written, the first output is
+    the base's to the bit, and gradients are those of a base from which the start was subtracted.
+
+    The branch is computed in fp32 (or in autocast's dtype) and cast to the layer's output dtype.
+    """
+
+    lora_A0: nn.Parameter | None
+    lora_B0: nn.Parameter | None
+
+    def __init__(
+        self, spec: AdapterSpec, rank: int, scale: float, dropout: float, layer: nn.Module
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.rank = rank
+        self.scale = scale
+        self.dropout = dropout
+        self.groups = group_count(layer)
+        self.peft_agrees = peft_agrees(layer)
+        self.start_name: str | None = None  # of the initialiser, for the record
+        out_features, in_features = matrix_shape(layer)
+        device = next(layer.parameters()).device
+        empty = partial(torch.empty, device=device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(empty(self.groups * rank, in_features))
+        self.lora_B = nn.Parameter(empty(out_features, rank))
+        self.register_parameter("lora_A0", None)
+        self.register_parameter("lora_B0", None)
+
+    # --- where it starts -------------------------------------------------------------------------
+
+    def reset(self, layer: nn.Module, generator: torch.Generator) -> None:
+        """Draw a Kaiming start."""
+        self.start(layer, Kaiming(), generator)
+        self.start_name = None
+
+    def start(
+        self,
+        layer: nn.Module,
+        initialiser: Initialiser,
+        generator: torch.Generator,
+        evidence: Tensor | None = None,
+    ) -> None:
+        """Take the start of ``initialiser``; ``evidence`` is the gradient (out, in) if it reads it.
+
+        Each block of a grouped convolution has a start of its own.
+        """
+        shape = matrix_shape(layer)
+        weight = (
+            read_weight(layer) if initialiser.reads_weight else torch.empty(shape, device="meta")
+        )
+        blocks = [weight.chunk(self.groups), [None] * self.groups]
+        if evidence is not None:
+            blocks[1] = evidence.chunk(self.groups)
+        factors = [
+            initialiser(
+                block,
+                self.rank,
+                self.scale,
+                generator=generator,
+                lookup=is_lookup(layer),
+                gradient=gradient,
+            )
+            for block, gradient in zip(*blocks, strict=True)
+        ]
+        self.set_factors(
+            Factors(*map(torch.cat, zip(*factors, strict=True))), initialiser.pins_origin
+        )
+        self.start_name = repr(initialiser)
+
+    @torch.no_grad()
+    def set_factors(self, factors: Factors, pin: bool = False) -> None:
+        """Start training from these factors; ``pin`` makes that point the base's output."""
+        self.lora_A.copy_(factors.A)
+        self.lora_B.copy_(factors.B)
+        self.pin(pin)
+
+    def pin(self, pin: bool = True) -> None:
+        """Subtract the present product from now on, or (``pin=False``) nothing."""
+        for name, origin in {"lora_A": "lora_A0", "lora_B": "lora_B0"}.items():
+            value = self.get_parameter(name).detach().clone() if pin else None
+            frozen = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(origin, frozen)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether an origin is subtracted."""
+        return self.lora_A0 is not None
+
+    def adopt(self, names: Set[str]) -> None:
+        """Pin or unpin, as the checkpoint was."""
+        if ("lora_A0" in names) != self.pinned and "lora_A" in names:
+            self.pin("lora_A0" in names)
+
+    # --- what it computes ------------------------------------------------------------------------
+
+    def forward(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        """Return ``output + scale * (B A dropout(x) - B0 A0 x)`` in the dtype of ``output``."""
+        if self.scale == 0:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.drops(x):
+            if self.lora_A0 is not None and self.lora_B0 is not None:
+                output = add_low_rank(layer, output, x, self.lora_A0, self.lora_B0, -self.scale)
+            x = F.dropout(x, self.dropout)
+            return add_low_rank(layer, output, x, self.lora_A, self.lora_B, self.scale)
+        return add_low_rank(layer, output, x, *self.factors(), self.scale)
+
+    def drops(self, x: Tensor) -> bool:
+        """Whether dropout acts on the input ``x``."""
+        return self.training and self.dropout > 0 and x.is_floating_point()
+
+    def factors(self) -> Factors:
+        """Return thin matrices whose product is ``B A``, less the pinned origin.
+
+        ``B A - B0 A0 = (B - B0) A + B0 (A - A0)``: of rank 2r, exactly zero at the start, and free
+        of the cancellation between two large products.
+        """
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return Factors(A, B)
+        return Factors(
+            self._stacked(A, A - self.lora_A0), torch.cat([B - self.lora_B0, self.lora_B0], 1)
+        )
+
+    def product(self) -> Tensor:
+        """Return ``B A`` less the pinned origin, (out, in), fp32; block by block where grouped."""
+        A, B = (factor.detach() for factor in self.factors())
+        return block_product(A, B, self.groups)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the fp32 matrix (out, in) that equals frozen ``weight`` plus adapter."""
+        return weight if self.scale == 0 else weight + self.scale * self.product()
+
+    def merge_into(self, layer: nn.Module) -> None:
+        """Add the product to the weight: one fp32 sum, rounded once."""
+        write_weight(layer, self.merged(read_weight(layer)))
+
+    def computes_like(self, other: Adapter) -> bool:
+        """Return whether ``other`` has the same rank and scale, and an origin if this has."""
+        return (
+            type(self) is type(other)
+            and isinstance(other, LoRAAdapter)
+            and (self.rank, self.pinned) == (other.rank, other.pinned)
+            and math.isclose(self.scale, other.scale)
+        )
+
+    # --- what a file holds -----------------------------------------------------------------------
+
+    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the factors in PEFT's shapes; a pinned origin is the second half of the rank.
+
+        ``[B, -B0] [A; A0] = B A - B0 A0``: a plain LoRA of rank 2r on the original base.
+        """
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        rank = self.rank
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            A, B = self._stacked(A, self.lora_A0), torch.cat([B, -self.lora_B0], 1)
+            rank *= 2
+        shape_A, shape_B = factor_shapes(layer, rank)
+        key_A, key_B = _file_keys(layer)
+        return {key_A: A.view(shape_A), key_B: B.view(shape_B)}
+
+    @torch.no_grad()
+    def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the factors and, where pinned, the origin."""
+        A, B = (tensors[key].to(self.lora_A) for key in _file_keys(layer))
+        A, B = A.reshape(-1, self.lora_A.shape[1]), B.reshape(len(self.lora_B), -1)
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            halves = A.view(self.groups, 2, self.rank, -1)
+            self.lora_A0.copy_(halves[:, 1].reshape(self.lora_A0.shape))
+            A = halves[:, 0].reshape(self.lora_A.shape)
+            self.lora_B0.copy_(-B[:, self.rank :])
+            B = B[:, : self.rank]
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+
+    def notes(self) -> dict[str, Any]:
+        """Return where it started, and that the file's second half of the rank is that start."""
+        return {"initialiser": self.start_name, "origin": ORIGIN_NOTE if self.pinned else None}
+
+    def extra_repr(self) -> str:
+        """Return rank and scale for ``print(model)``."""
+        pinned = ", pinned origin" if self.pinned else ""
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}{pinned}"
+
+    def _stacked(self, A: Tensor, more: Tensor) -> Tensor:
+        """Put rows below rows, within each group."""
+        return torch.cat(
+            [A.unflatten(0, (self.groups, -1)), more.unflatten(0, (self.groups, -1))], 1
+        ).flatten(0, 1)
+
+
+def block_product(A: Tensor, B: Tensor, groups: int) -> Tensor:
+    """Return ``B A`` (out, in), where block ``j`` of ``groups`` is ``B_j A_j``.
+
+    ``A`` is (groups * r, in), ``B`` is (out, r).
+    """
+    blocks = B.unflatten(0, (groups, -1)) @ A.unflatten(0, (groups, -1))
+    return blocks.flatten(0, 1)
+
+
+def _file_keys(layer: nn.Module) -> tuple[str, str]:
+    if is_lookup(layer):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
