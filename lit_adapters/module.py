@@ -18,7 +18,7 @@ from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
 from lit_adapters.generation import answer
 from lit_adapters.losses import TokenLoss, token_loss
-from lit_adapters.optim import fuse, parameter_groups, warmup_then
+from lit_adapters.optim import fuse, hold_ratios, parameter_groups, warmup_then
 from lit_adapters.optim.schedule import Decay
 from lit_adapters.saved_settings import spec_from_plain, spec_to_plain
 from lit_adapters.throughput import TokenWindow
@@ -31,7 +31,7 @@ Batch = Mapping[str, Tensor]
 LOSS_UNIT = 1024
 
 # Settings of a parameter group that a resumed run may change; the rest is the optimizer's state.
-OPTIONS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+OPTIONS = ("initial_lr", "lr_ratio", "weight_decay", "betas", "eps", "momentum")
 
 
 class AdapterFineTuneModule(LightningModule):
@@ -44,12 +44,14 @@ class AdapterFineTuneModule(LightningModule):
     Args:
         base: The model: ``tiny`` (embedded, works offline), a local folder or a hub id. From code
             also a model that is already built.
-        adapter: What to train beside the frozen base.
+        adapter: What to train beside the frozen base; LoRA of rank 8 on all linear layers if null.
         tokenizer: Folder or hub id of the tokenizer, or the tokenizer; that of the base if null.
         optimizer: Called with the parameter groups. AdamW at 2e-4 without decay if null.
         lr_scheduler: Decay after the warm-up: cosine, linear or constant; or a scheduler class,
             advanced once per optimizer step and without our warm-up.
         warmup: Optimizer steps of linear warm-up if 1 or more, else their share of all steps.
+        lora_plus_ratio: Learning rate of ``lora_B`` over that of ``lora_A`` (LoRA+: about 16).
+        embedding_lr: Learning rate of adapters on embeddings; the optimizer's if null.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         dtype: Data type of the frozen base; auto follows the trainer's precision.
         revision: Branch, tag or commit of a hub model.
@@ -62,11 +64,13 @@ class AdapterFineTuneModule(LightningModule):
     def __init__(
         self,
         base: str | nn.Module = "tiny",
-        adapter: AdapterSpec = LoRA(),  # noqa: B008 (frozen)
+        adapter: AdapterSpec | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: Decay | LRSchedulerCallable = "cosine",
         warmup: float = 0.03,
+        lora_plus_ratio: float = 1.0,
+        embedding_lr: float | None = None,
         gradient_checkpointing: bool = False,
         dtype: Dtype = "auto",
         revision: str | None = None,
@@ -77,10 +81,14 @@ class AdapterFineTuneModule(LightningModule):
         self.base = base if isinstance(base, str) else None
         if isinstance(base, nn.Module):
             self.model = cast(PreTrainedModel, base)  # once: two names would be saved twice
-        self.adapter = spec_from_plain(adapter) if isinstance(adapter, Mapping) else adapter
+        # No default instance: the command line would hand its settings to another class named.
+        chosen = adapter or LoRA()
+        self.adapter = spec_from_plain(chosen) if isinstance(chosen, Mapping) else chosen
         self.optimizer_factory = optimizer or default_optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup = warmup
+        self.lora_plus_ratio = lora_plus_ratio
+        self.embedding_lr = embedding_lr
         self.gradient_checkpointing = gradient_checkpointing
         self.dtype_of_base = dtype
         self.revision = revision
@@ -102,6 +110,8 @@ class AdapterFineTuneModule(LightningModule):
                 "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
                 **({"lr_scheduler": lr_scheduler} if isinstance(lr_scheduler, str) else {}),
                 "warmup": warmup,
+                "lora_plus_ratio": lora_plus_ratio,
+                "embedding_lr": embedding_lr,
                 "gradient_checkpointing": gradient_checkpointing,
                 "dtype": dtype,
                 "revision": revision,
@@ -136,9 +146,7 @@ class AdapterFineTuneModule(LightningModule):
             )
         if not any(adapted_layers(self.model)):  # a model passed in may be adapted already
             attach(self.model, self.adapter)
-        for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
-            if isinstance(callback, InitAdapters):
-                callback.initialise(self.model, self.trainer)
+            self.adapter.prepare(self.model, lambda: self.tokenizer)
         if self.gradient_checkpointing:
             enable = getattr(  # its name from transformers 5.2x on
                 self.model,
@@ -147,6 +155,9 @@ class AdapterFineTuneModule(LightningModule):
             )
             enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
+        for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
+            if isinstance(callback, InitAdapters):
+                callback.initialise(self, self.model)
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
         self._built = True
 
@@ -259,7 +270,9 @@ class AdapterFineTuneModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and its schedule."""
-        optimizer = self.optimizer_factory(parameter_groups(self.model))
+        groups = parameter_groups(self.model, self.lora_plus_ratio, self.embedding_lr)
+        optimizer = self.optimizer_factory(groups)
+        hold_ratios(optimizer)
         if str(self.trainer.precision) != "16-mixed":  # there, fused steps cannot be clipped
             fuse(optimizer)
         if isinstance(self.lr_scheduler, str):

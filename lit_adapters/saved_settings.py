@@ -34,7 +34,8 @@ def trusted_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """
     plain = {
         key: saved[key]
-        for key in ("base", "tokenizer", "warmup", "gradient_checkpointing", "dtype", "revision",
+        for key in ("base", "tokenizer", "warmup", "lora_plus_ratio", "embedding_lr",
+                    "gradient_checkpointing", "dtype", "revision",
                     "attn_implementation", "max_new_tokens")
         if isinstance(saved.get(key), str | bool | int | float)
     }  # fmt: skip

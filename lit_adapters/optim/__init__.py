@@ -1,6 +1,6 @@
 """How adapters are stepped: parameter groups and schedules."""
 
-from lit_adapters.optim.groups import fuse, parameter_groups
+from lit_adapters.optim.groups import fuse, hold_ratios, parameter_groups
 from lit_adapters.optim.schedule import warmup_then
 
-__all__ = ["fuse", "parameter_groups", "warmup_then"]
+__all__ = ["fuse", "hold_ratios", "parameter_groups", "warmup_then"]
