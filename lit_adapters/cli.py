@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_adapters.callbacks import (
     AdapterCheckpoint,
+    InitAdapters,
     PredictionWriter,
     RunReport,
     SampleGenerations,
@@ -25,6 +26,7 @@ from lit_adapters.saved_settings import trusted_settings
 
 # Under keys of their own, so that a `trainer.callbacks` list adds to them instead of replacing.
 CALLBACKS = {
+    "init": InitAdapters,
     "checkpoint": AdapterCheckpoint,
     "samples": SampleGenerations,
     "predictions": PredictionWriter,

@@ -1,48 +1,70 @@
 """Run an initialiser over the adapters of a whole model."""
 
-import torch
-from torch import nn
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from lit_adapters.adapters import LoRAAdapter
+from torch import Tensor, nn
+
+from lit_adapters.adapters import Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.gradients import Loss, each_gradient, mean_loss
 from lit_adapters.initialisers import Initialiser, named_generator
-from lit_adapters.weights import is_lookup, matrix_shape, read_weight
 
 
-def initialise(model: nn.Module, initialiser: Initialiser, seed: int | None = None) -> list[str]:
+def initialise(
+    model: nn.Module,
+    initialiser: Initialiser,
+    batches: Iterable[Any] | None = None,
+    seed: int | None = None,
+    *,
+    loss: Loss = mean_loss,
+    gradient_bytes: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[str]:
     """Give every adapter of ``model`` the start that ``initialiser`` computes, in place.
 
     Args:
         model: A model with attached adapters; its own weights are read, never written.
         initialiser: Such as ``Kaiming()``.
+        batches: Real training batches, for initialisers that read gradients.
         seed: Seeds the random choices together with each layer's name; None takes the global seed.
+        loss: Returns a batch's mean loss and its number of trained tokens, for models that are
+            not called as ``model(**batch).loss``.
+        gradient_bytes: Host memory for sums of gradients over several batches; None is no limit.
+        progress: Called with the name of each layer that is done.
 
     Returns:
         The names of the initialised layers.
 
     Raises:
-        ValueError: if the model holds no adapters.
-        TypeError: if an adapter has no low-rank factors.
+        ValueError: if the model holds no adapters, batches are needed and missing, or a layer
+            cannot be started like that.
+        TypeError: if an adapter has no low-rank factors, or a weight needed has no gradient.
     """
     adapted = list(adapted_layers(model))
     if not adapted:
         raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
-    for name, layer, adapter in adapted:
-        if not isinstance(adapter, LoRAAdapter):
-            raise TypeError(
-                f"{type(initialiser).__name__} sets low-rank factors, but {name!r} holds a "
-                f"{type(adapter).__name__}"
-            )
-        shape = matrix_shape(layer)
-        weight = (
-            read_weight(layer) if initialiser.reads_weight else torch.empty(shape, device="meta")
+
+    def start(one: Adapted, gradient: Tensor | None = None) -> None:
+        generator = named_generator(one.name, seed)
+        try:
+            one.adapter.start(one.layer, initialiser, generator, gradient)
+        except ValueError as error:
+            raise ValueError(f"{one.name}: {error}") from error
+        if progress is not None:
+            progress(one.name)
+
+    if not initialiser.reads_gradient:
+        for one in adapted:
+            start(one)
+    elif batches is None:
+        raise ValueError(
+            f"{type(initialiser).__name__} reads gradients; pass real training batches, "
+            "initialise(model, initialiser, batches=...)"
         )
-        factors = initialiser(
-            weight,
-            adapter.rank,
-            adapter.scale,
-            generator=named_generator(name, seed),
-            lookup=is_lookup(layer),
-        )
-        adapter.set_factors(factors)
+    else:
+        for one in adapted:
+            if type(one.adapter).start is Adapter.start:
+                start(one)  # raises now, and not after the passes over the batches
+        each_gradient(model, adapted, batches, start, loss, gradient_bytes)
     return [name for name, *_ in adapted]

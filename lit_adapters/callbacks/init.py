@@ -1,11 +1,23 @@
 """Run an initialiser when a fit starts."""
 
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from lit_adapters.adapters import Adapter, LoRAAdapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.callbacks.checkpoint import adapted_children
+from lit_adapters.callbacks.first_batches import first_batches
+from lit_adapters.callbacks.step_loss import step_loss
+from lit_adapters.gradients import at_rest
 from lit_adapters.initialisation import initialise
 from lit_adapters.initialisers import Initialiser
 
@@ -16,30 +28,147 @@ class InitAdapters(Callback):
     `AdapterFineTuneModule` asks for it while it builds its model, before anything is sharded. In
     any other LightningModule it acts in `setup` on adapters attached in ``__init__``. Skipped when
     the run resumes from a checkpoint that is known by then; where it is not, the checkpoint
-    overwrites the start.
+    overwrites the start. Several devices start from what the first one finds.
+
+    An initialiser that reads gradients gets the first training batches of the trainer's own data.
+    Their loss is the module's ``nll(batch)`` (summed loss, trained tokens) if it has that method,
+    else its `training_step` with logging muted. Data order and random state of the training that
+    follows are those of a run without this callback.
 
     Args:
-        initialiser: Such as ``Gaussian()``.
+        initialiser: Such as ``PiSSA()``; null leaves the default start.
+        batches: Training batches for an initialiser that reads gradients.
+        gradient_bytes: Host memory for sums of gradients; more takes several passes over the
+            batches. Null is no limit.
     """
 
-    def __init__(self, initialiser: Initialiser) -> None:
+    def __init__(
+        self,
+        initialiser: Initialiser | None = None,
+        batches: int = 8,
+        gradient_bytes: int | None = None,
+    ) -> None:
+        if batches < 1:
+            raise ValueError(f"batches must be at least 1, got {batches}")
+        if gradient_bytes is not None and gradient_bytes < 1:
+            raise ValueError(
+                f"gradient_bytes must be at least 1, or null for no limit, got {gradient_bytes}"
+            )
         self.initialiser = initialiser
+        self.batches = batches
+        self.gradient_bytes = gradient_bytes
         self.initialised: list[str] = []
         self._done: nn.Module | None = None  # an adapter of the model that was initialised
 
-    def initialise(self, model: nn.Module, trainer: Trainer) -> None:
-        """Initialise the adapters of ``model``, once, unless ``trainer`` resumes."""
-        first = next(adapted_layers(model)).adapter
-        if first is self._done or trainer.ckpt_path is not None:
-            return
-        self._done = first
-        self.initialised = initialise(model, self.initialiser)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Act on adapters that are there already."""
-        if stage == "fit" and any(True for _ in adapted_layers(pl_module)):
-            self.initialise(pl_module, trainer)
+        roots = list(adapted_children(pl_module).values())
+        if roots:  # names as `attach` saw them, if it saw one model
+            self.initialise(pl_module, roots[0] if len(roots) == 1 else pl_module)
+
+    def initialise(self, pl_module: LightningModule, model: nn.Module) -> None:
+        """Initialise the adapters of ``model``, a part of ``pl_module``, once, unless it resumes.
+
+        On a resume, frozen origins are only made room for: they must exist before anything is
+        sharded, and the checkpoint fills them.
+        """
+        trainer = pl_module.trainer
+        adapters = [adapter for *_, adapter in adapted_layers(model)]
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if self.initialiser is None or not fits or adapters[0] is self._done:
+            return
+        self._done = adapters[0]
+        if trainer.ckpt_path is not None:
+            for adapter in adapters:
+                if isinstance(adapter, LoRAAdapter) and not adapter.pinned:
+                    adapter.pin(self.initialiser.pins_origin)
+            return
+        begun = time.perf_counter()
+        with _ordinary_tensors():
+            self.initialised = self._run(self.initialiser, pl_module, model)
+        if trainer.world_size > 1:
+            for adapter in adapters:
+                values = {key: value.cpu() for key, value in adapter.state_dict().items()}
+                adapter.load_state_dict(trainer.strategy.broadcast(values))
+        self._report(trainer, adapters, time.perf_counter() - begun)
+
+    def _run(
+        self, initialiser: Initialiser, pl_module: LightningModule, model: nn.Module
+    ) -> list[str]:
+        trainer = pl_module.trainer
+        quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
+        bar = tqdm(
+            total=sum(1 for _ in adapted_layers(model)),
+            desc=type(initialiser).__name__,
+            unit="layer",
+            delay=1.0,  # seconds; a quick start shows nothing
+            leave=False,
+            disable=quiet,
+        )
+
+        def done(name: str) -> None:
+            bar.update()
+
+        with bar:
+            if not initialiser.reads_gradient:
+                return initialise(model, initialiser, progress=done)
+            batches = first_batches(trainer, self.batches)
+            pl_module.to(trainer.strategy.root_device)
+            with at_rest(pl_module), step_loss(pl_module) as mean_of_step:
+
+                def loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+                    bar.set_postfix_str("taking gradients", refresh=False)
+                    bar.update(0)  # shows that it is alive
+                    return mean_of_step(model, batch)
+
+                return initialise(
+                    model,
+                    initialiser,
+                    batches,
+                    loss=loss,
+                    gradient_bytes=self.gradient_bytes,
+                    progress=done,
+                )
+
+    def _report(self, trainer: Trainer, adapters: Sequence[Adapter], seconds: float) -> None:
+        origins = sum(
+            origin.nbytes
+            for adapter in adapters
+            if isinstance(adapter, LoRAAdapter)
+            for origin in (adapter.lora_A0, adapter.lora_B0)
+            if origin is not None
+        )
+        rank_zero_info(
+            f"{type(self.initialiser).__name__}: {len(adapters)} layers started in "
+            f"{seconds:.1f} s, origins {origins / 1e6:.1f} MB"
+        )
+        values = {"init/seconds": seconds, "init/layers": len(adapters), "init/bytes": origins}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names initialised, for the record."""
-        return {"initialised": self.initialised}
+        """Return the names initialised and by what, for the record."""
+        return {"initialised": self.initialised, "initialiser": repr(self.initialiser)}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Let adapter folders of a resumed run say where its adapters started."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state and state["initialised"]:
+            self.initialised = state["initialised"]
+            for *_, adapter in adapted_layers(pl_module):
+                if isinstance(adapter, LoRAAdapter):
+                    adapter.start_name = state["initialiser"]
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Undo, for tensors without a stated type or place, what a trainer sets to build models."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

@@ -1,0 +1,477 @@
+"""Gradients of frozen weights: against autograd on an ordinary model, and what is left behind."""
+
+import random
+from types import SimpleNamespace
+from weakref import ref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from lit_adapters import LoRA, LoRAGA, attach, initialise
+from lit_adapters.adapters import Adapted
+from lit_adapters.attachment import adapted_layers, bypassed
+from lit_adapters.gradients import each_gradient, mean_loss
+from lit_adapters.weights import as_matrix
+from tests import models
+
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+WIDE = {"llama": LoRA(rank=2, targets=["q_proj", "down_proj", "embed_tokens", "lm_head"])}
+
+
+def adapted_model(kind="llama", spec=None, **changes):
+    model = models.BUILDERS[kind](**changes)
+    attach(model, spec or LoRA(rank=2, targets=TARGETS.get(kind, "all-linear")))
+    models.shake(model)  # adapters that are no no-op: they must be bypassed
+    return model
+
+
+def batches(count, rows=2):
+    """Batches of different length, so of different numbers of tokens."""
+    return [models.batch(rows=rows, length=6 + 3 * n, seed=n) for n in range(count)]
+
+
+def gradients(model, data, **options):
+    found = {}
+    each_gradient(
+        model,
+        list(adapted_layers(model)),
+        data,
+        lambda one, gradient: found.__setitem__(one.name, gradient.clone()),
+        **options,
+    )
+    return found
+
+
+def reference(model, data):
+    """Of summed loss over summed tokens, by plain autograd on the base alone."""
+    layers = [(name, layer) for name, layer, _ in adapted_layers(model)]
+    weights = [layer.weight for _, layer in layers]
+    for *_, adapter in adapted_layers(model):
+        adapter.active = False
+    for weight in weights:
+        weight.requires_grad_(True)
+    tokens = [(one["labels"][:, 1:] != -100).sum() for one in data]
+    losses = [model(**one).loss * n for one, n in zip(data, tokens, strict=True)]
+    found = torch.autograd.grad(sum(losses) / sum(tokens), weights)
+    for *_, adapter in adapted_layers(model):
+        adapter.active = True
+    for weight in weights:
+        weight.requires_grad_(False)
+    return {n: as_matrix(m, g) for (n, m), g in zip(layers, found, strict=True)}
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        distance = (found[name] - gradient).norm() / gradient.norm()
+        assert distance < tolerance, (name, distance)
+
+
+# --- the right numbers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma"])
+def test_the_average_is_the_gradient_of_all_tokens_together(kind, count):
+    model = adapted_model(kind)
+    data = batches(count)
+    assert_close(gradients(model, data), reference(model, data))
+
+
+def test_batches_weigh_by_their_trained_tokens():
+    model, data = adapted_model(), batches(2)
+    plain = [gradients(model, [one]) for one in data]
+    unweighted = {name: (plain[0][name] + plain[1][name]) / 2 for name in plain[0]}
+    with pytest.raises(AssertionError):
+        assert_close(unweighted, gradients(model, data), 1e-2)
+
+
+def test_a_batch_counts_the_same_however_it_is_cut():
+    model = adapted_model("qwen2")
+    whole = models.batch(rows=6, length=11)
+    parts = [{k: v[:1] for k, v in whole.items()}, {k: v[1:] for k, v in whole.items()}]
+    assert_close(gradients(model, parts), gradients(model, [whole]))
+
+
+@pytest.mark.parametrize("budget", [1, 20_000, 10**9])
+def test_a_byte_budget_changes_the_passes_and_not_the_result(budget):
+    model, data = adapted_model(), batches(3)
+    passes = []
+
+    def counted(model, batch):
+        passes.append(id(batch))
+        return mean_loss(model, batch)
+
+    limited = gradients(model, data, loss=counted, gradient_bytes=budget)
+    assert_close(limited, gradients(model, data), 1e-6)
+    sizes = [4 * layer.weight.numel() for _, layer, _ in adapted_layers(model)]
+    groups, room = 0, 0
+    for size in sizes:
+        if size > room:
+            groups, room = groups + 1, budget
+        room -= size
+    assert groups == {1: len(sizes), 20_000: groups, 10**9: 1}[budget]
+    assert 1 < {1: 2, 20_000: groups, 10**9: 2}[budget] < len(sizes)
+    assert len(passes) == groups * len(data)
+
+
+def test_a_tied_weight_gets_the_gradient_of_its_own_use():
+    spec = LoRA(rank=2, targets=["embed_tokens"])
+    tied = adapted_model("llama-tied", spec)
+    untied = models.llama()
+    untied.load_state_dict(
+        {k: v for k, v in models.llama_tied().state_dict().items()}, strict=False
+    )
+    untied.lm_head.weight.data.copy_(untied.model.embed_tokens.weight)
+    attach(untied, spec)
+    data = batches(1)
+    assert_close(gradients(tied, data), reference(untied, data))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_embeddings_and_heads_are_layers_like_others():
+    model, data = adapted_model("llama", WIDE["llama"]), batches(2)
+    assert_close(gradients(model, data), reference(model, data))
+
+
+def test_a_sparse_gradient_is_a_gradient():
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3))
+    attach(model, LoRA(rank=1, targets=["0", "1"]))
+    ids = torch.tensor([[1, 2, 2]])
+    loss = lambda model, ids: (model(ids).square().mean(), torch.tensor(1))  # noqa: E731
+    found = gradients(model, [ids], loss=loss)
+    model[0].sparse = False
+    assert_close(found, gradients(model, [ids], loss=loss), 1e-7)
+
+
+def test_bf16_bases_give_fp32_gradients():
+    exact, rounded = adapted_model(), adapted_model().bfloat16()
+    data = batches(2)
+    found = gradients(rounded, data)
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    assert_close(found, gradients(exact, data), 0.1)
+
+
+def test_batches_without_trained_tokens_are_left_out():
+    model, data = adapted_model(), batches(2)
+    silent = {**data[0], "labels": torch.full_like(data[0]["labels"], -100)}
+    expected = gradients(model, data)
+    assert_close(gradients(model, [silent, *data, silent]), expected, 1e-6)
+
+    def undefined(model, batch):  # a mean over nothing
+        mean, tokens = mean_loss(model, batch)
+        return (mean if tokens else sum(p.sum() for p in model.parameters()) * torch.nan), tokens
+
+    assert_close(gradients(model, [silent, *data], loss=undefined), expected, 1e-6)
+
+
+# --- dropout, checkpointing, repetition --------------------------------------------------------
+
+
+def dropping(kind="gpt2"):
+    rates = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    return adapted_model("gpt2", **rates).train()
+
+
+def test_dropout_is_off_and_results_repeat():
+    data = batches(2)
+    found = gradients(dropping(), data)
+    assert_close(found, gradients(adapted_model("gpt2"), data), 1e-6)
+    torch.manual_seed(99)
+    again = gradients(dropping(), data)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_recomputes_and_gives_the_same(reentrant):
+    data = batches(1)
+    expected = gradients(adapted_model("llama"), data)
+    model = adapted_model("llama").train()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = []
+    block = model.model.layers[0].mlp
+    block.register_forward_pre_hook(lambda *_: calls.append(block.training))
+    assert_close(gradients(model, data), expected, 1e-6)
+    assert calls == [False, False]  # once forward, once again in the backward pass
+    assert model.model.layers[0].training
+
+
+def test_checkpointed_layers_do_not_drop_by_their_own_flag():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=models.VOCAB, hidden_size=16, ffn_dim=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, dropout=0.5, word_embed_proj_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config)
+    attach(model, LoRA(rank=2))
+    data = batches(1)
+    expected = gradients(model.eval(), data)
+    model.train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert_close(gradients(model, data), expected, 1e-6)
+
+
+class Twice(nn.Module):
+    """One layer in two reentrant checkpoints: autograd delivers its gradient in two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.other = nn.Linear(6, 6)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = checkpoint(self.layer, x, use_reentrant=True)
+        return self.other(x)
+
+
+def test_a_gradient_in_two_parts_is_summed():
+    model = Twice()
+    attach(model, LoRA(rank=2, targets=["layer", "other"]))
+    x = torch.randn(3, 6, requires_grad=True)
+    loss = lambda model, x: (model(x).square().mean(), torch.tensor(1))  # noqa: E731
+    found = gradients(model, [x], loss=loss)
+    model.layer.weight.requires_grad_(True)
+    model(x).square().mean().backward()
+    assert_close({"layer": found["layer"]}, {"layer": model.layer.weight.grad}, 1e-6)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+class Living(TorchDispatchMode):
+    """Counts the memories of ``size`` elements that were computed and are alive at once."""
+
+    def __init__(self, size, known):
+        super().__init__()
+        self.size, self.known = size, {t.untyped_storage().data_ptr() for t in known}
+        self.tensors, self.most = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() == self.size:
+                self.tensors.append(ref(leaf))  # lives as long as autograd holds the tensor, too
+        alive = {
+            tensor.untyped_storage().data_ptr()  # views of one memory are one
+            for tensor in (living() for living in self.tensors)
+            if tensor is not None
+        }
+        self.most = max(self.most, len(alive - self.known))
+        return result
+
+
+class Deep(nn.Module):
+    def __init__(self, depth=6, width=37):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+def living(run):
+    """The most gradients alive at once while ``run`` works on an adapted model."""
+    model = Deep()
+    attach(model, LoRA(rank=2, targets=[f"layers.{n}" for n in range(6)]))
+    with Living(37 * 37, [layer.weight for layer in model.layers]) as mode:
+        run(model)
+    return mode.most
+
+
+def deep_loss(model, x):
+    return model(x).square().mean(), torch.tensor(1)
+
+
+def test_one_batch_never_holds_two_gradients():
+    x = torch.randn(5, 37)
+
+    def estimate(model, data):
+        each_gradient(model, list(adapted_layers(model)), data, lambda *_: None, deep_loss)
+
+    def train(model):
+        model.requires_grad_(True)
+        deep_loss(model, x)[0].backward()
+
+    assert living(lambda model: estimate(model, [x])) == 1
+    assert living(lambda model: estimate(model, [x, x])) >= 6  # sums in host memory
+    assert living(train) == 6  # the measure sees what autograd alone holds
+
+
+def test_a_consumed_gradient_is_gone_before_the_next():
+    model, alive, most = adapted_model(), [], []
+
+    def consume(one, gradient):
+        alive.append(ref(gradient))
+        most.append(sum(r() is not None for r in alive))
+        assert all(layer.weight.grad is None for _, layer, _ in adapted_layers(model))
+
+    each_gradient(model, list(adapted_layers(model)), batches(1), consume)
+    assert max(most) == 1
+    assert len(most) == 14
+
+
+# --- nothing is left behind --------------------------------------------------------------------
+
+
+def traces(model):
+    with bypassed(model):
+        pass  # leaves a flag on each adapter
+    return {
+        **models.snapshot(model),
+        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in named(model)},
+        "cache": model.config.use_cache,
+        "functions": [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()],
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+    }
+
+
+def named(model):
+    return model.named_parameters(remove_duplicate=False)
+
+
+def same(before, after):
+    assert before.keys() == after.keys()
+    for key in before.keys() - {"grads"}:
+        assert before[key] == after[key], key
+    for name, grad in before["grads"].items():
+        other = after["grads"][name]
+        assert (grad is None) == (other is None), name
+        assert grad is None or torch.equal(grad, other), name
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_model_and_the_random_state_are_as_before(fails, checkpointing):
+    model = dropping()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.transformer.ln_f.eval()  # modes that differ
+    model.transformer.ln_f.weight.requires_grad_(True)  # trained beside the adapters
+    model(**models.batch()).loss.backward()
+
+    def loss(model, batch):
+        torch.rand(3), np.random.rand(), random.random()
+        mean, tokens = mean_loss(model, batch)
+        if fails:
+            raise ZeroDivisionError
+        return mean, tokens
+
+    before = traces(model)
+    try:
+        gradients(model, batches(2), loss=loss)
+    except ZeroDivisionError:
+        assert fails
+    same(before, traces(model))
+
+
+def test_a_consumer_that_fails_leaves_the_base_whole():
+    model = adapted_model()
+    before = traces(model)
+
+    def consume(one, gradient):
+        raise KeyError(one.name)
+
+    with pytest.raises(KeyError):
+        each_gradient(model, list(adapted_layers(model)), batches(1), consume)
+    same(before, traces(model))
+
+
+def test_it_works_where_gradients_are_switched_off():
+    model, data = adapted_model(), batches(1)
+    expected = gradients(model, data)
+    for switched_off in (torch.no_grad, torch.inference_mode):
+        with switched_off():
+            assert_close(gradients(model, data), expected, 1e-7)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(ValueError, match="no batches"):
+        gradients(adapted_model(), [])
+
+
+def test_labels_are_asked_for():
+    batch = models.batch()
+    del batch["labels"]
+    with pytest.raises(ValueError, match=r"'labels', got \['attention_mask', 'input_ids'\]"):
+        gradients(adapted_model(), [batch])
+    with pytest.raises(ValueError, match="'labels', got Tensor"):
+        gradients(adapted_model(), [batch["input_ids"]])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_batches_that_train_nothing_are_refused(count):
+    silent = models.batch()
+    silent["labels"][:] = -100
+    silent["labels"][:, 0] = 5  # predicted from nothing
+    with pytest.raises(ValueError, match="train no token"):
+        gradients(adapted_model(), [silent] * count)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_layer_without_gradient_is_named(count):
+    model = models.llama()
+    model.spare = nn.Linear(4, 4)
+    attach(model, LoRA(rank=2, targets=["q_proj", "spare"]))
+    with pytest.raises(ValueError, match="no gradient reached 1 of 3 .*'spare'.*exclude"):
+        gradients(model, batches(count))
+
+
+def test_a_loss_without_graph_names_a_layer():
+    model = adapted_model()
+    loss = lambda model, batch: (torch.tensor(1.0), torch.tensor(3))  # noqa: E731
+    with pytest.raises(ValueError, match="no gradient reached 14 of 14"):
+        gradients(model, batches(1), loss=loss)
+
+
+def packed(layer):
+    """As 4-bit storage looks: bytes of another shape."""
+    layer.weight = nn.Parameter(torch.zeros(18, 1, dtype=torch.uint8), requires_grad=False)
+
+
+def packed_as_float(layer):
+    layer.weight = nn.Parameter(torch.zeros(9, 1, dtype=torch.bfloat16), requires_grad=False)
+
+
+def quantised(layer):
+    """As 8-bit storage looks."""
+    layer.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
+
+
+def on_meta(layer):
+    layer.weight = nn.Parameter(torch.zeros(6, 6, device="meta"))
+
+
+@pytest.mark.parametrize("store", [packed, packed_as_float, quantised, on_meta])
+def test_a_weight_that_cannot_be_differentiated_is_named(store):
+    layer = nn.Linear(6, 6)
+    store(layer)
+    one = Adapted("block.proj", layer, SimpleNamespace())
+    with pytest.raises(TypeError, match=r"'block.proj' \(Linear\).*no gradient; estimate on a flo"):
+        each_gradient(nn.Sequential(layer), [one], [None], print)
+
+
+def test_initialise_names_the_layer_and_asks_for_batches():
+    model = adapted_model()
+    with pytest.raises(ValueError, match="LoRAGA reads gradients; pass real training batches"):
+        initialise(model, LoRAGA())
+    with pytest.raises(ValueError, match="no batches"):
+        initialise(model, LoRAGA(), iter(()))
+    zero = lambda model, b: (0 * model(**b).loss, torch.tensor(1))  # noqa: E731
+    with pytest.raises(ValueError, match=r"model\.layers\.\d\..*_proj: LoRAGA got a gradient that"):
+        initialise(model, LoRAGA(), batches(1), loss=zero)
