@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 from lit_adapters.version import __version__
 
 if TYPE_CHECKING:
-    from lit_adapters.adapters import LoRA
+    from lit_adapters.adapters import (
+        DoRA,
+        FullFineTuning,
+        LLaMAAdapter,
+        LoRA,
+        PrefixTuning,
+        start_from_text,
+    )
     from lit_adapters.attachment import attach, check_adapters_fire, detach, merge
     from lit_adapters.callbacks import AdapterCheckpoint, InitAdapters, SampleGenerations
     from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
     from lit_adapters.export import export_merged, export_peft
     from lit_adapters.initialisation import initialise
-    from lit_adapters.initialisers import Gaussian, Kaiming
+    from lit_adapters.initialisers import Gaussian, Kaiming, LoRAGA, MiLoRA, OLoRA, PiSSA
     from lit_adapters.io import load_adapter, save_adapter
     from lit_adapters.module import AdapterFineTuneModule
 
@@ -20,13 +27,20 @@ if TYPE_CHECKING:
 # Public names by the module that defines them. Resolved on first use, so that `--help` and a plain
 # `import lit_adapters` do not pay for torch, transformers and lightning.
 _HOMES = {
-    "lit_adapters.adapters": ["LoRA"],
+    "lit_adapters.adapters": [
+        "DoRA",
+        "FullFineTuning",
+        "LLaMAAdapter",
+        "LoRA",
+        "PrefixTuning",
+        "start_from_text",
+    ],
     "lit_adapters.attachment": ["attach", "check_adapters_fire", "detach", "merge"],
     "lit_adapters.callbacks": ["AdapterCheckpoint", "InitAdapters", "SampleGenerations"],
     "lit_adapters.datamodule": ["AlpacaDataModule", "InstructionDataModule"],
     "lit_adapters.export": ["export_merged", "export_peft"],
     "lit_adapters.initialisation": ["initialise"],
-    "lit_adapters.initialisers": ["Gaussian", "Kaiming"],
+    "lit_adapters.initialisers": ["Gaussian", "Kaiming", "LoRAGA", "MiLoRA", "OLoRA", "PiSSA"],
     "lit_adapters.io": ["load_adapter", "save_adapter"],
     "lit_adapters.module": ["AdapterFineTuneModule"],
 }
@@ -36,11 +50,19 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterFineTuneModule",
     "AlpacaDataModule",
+    "DoRA",
+    "FullFineTuning",
     "Gaussian",
     "InitAdapters",
     "InstructionDataModule",
     "Kaiming",
+    "LLaMAAdapter",
     "LoRA",
+    "LoRAGA",
+    "MiLoRA",
+    "OLoRA",
+    "PiSSA",
+    "PrefixTuning",
     "SampleGenerations",
     "__version__",
     "attach",
@@ -52,6 +74,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "save_adapter",
+    "start_from_text",
 ]
 
 

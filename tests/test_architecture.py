@@ -26,6 +26,7 @@ FLOORS = {
     "adapters/": 2,
     "targets.py": 2,
     "attachment.py": 3,
+    "gradients.py": 4,
     "initialisation.py": 4,
     "io.py": 4,
     "folder.py": 4,

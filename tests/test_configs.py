@@ -10,7 +10,12 @@ from lit_adapters.__main__ import main
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MAIN = CONFIGS / "alpaca_lora.yaml"
-OVERLAYS = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("*/*.yaml"))
+METHODS = sorted(p.stem.removeprefix("alpaca_") for p in CONFIGS.glob("alpaca_*.yaml"))
+OVERLAYS = sorted(
+    p.relative_to(CONFIGS).as_posix()
+    for folder in ("base", "data")
+    for p in (CONFIGS / folder).glob("*.yaml")
+)
 
 
 def parsed(capsys, *configs: Path, more: tuple[str, ...] = ()) -> dict:
@@ -35,8 +40,41 @@ def test_there_are_overlays():
     assert bases | {"data/alpaca.yaml", "data/gsm8k.yaml"} <= set(OVERLAYS)
 
 
-def test_the_main_config_parses_to_what_it_says(capsys):
-    assert holds(parsed(capsys, MAIN), yaml.safe_load(MAIN.read_text()))
+def test_every_method_has_a_config_and_the_settings_of_its_paper():
+    assert {"dora", "pissa", "lora_ga", "olora", "rslora", "lora_plus"} < set(METHODS)
+    assert {"lora", "llama_adapter", "prefix", "full", "milora"} < set(METHODS)
+    assert sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml")) == METHODS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_parses_to_what_it_says(capsys, method):
+    config = CONFIGS / f"alpaca_{method}.yaml"
+    assert holds(parsed(capsys, config), yaml.safe_load(config.read_text()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_paper_s_settings_compose_with_method_and_base(capsys, method):
+    stack = [f"alpaca_{method}.yaml", "base/mistral_7b.yaml", f"paper/{method}.yaml"]
+    found = parsed(capsys, *(CONFIGS / name for name in stack))
+    assert holds(found, yaml.safe_load((CONFIGS / stack[-1]).read_text()))
+    own = yaml.safe_load((CONFIGS / stack[0]).read_text())
+    assert found["model"]["adapter"]["class_path"] == own["model"]["adapter"]["class_path"]
+    assert found["init"] == parsed(capsys, CONFIGS / stack[0])["init"]
+    assert found["model"]["base"] == "mistralai/Mistral-7B-v0.3"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_configs_differ_in_the_method_and_its_rate_alone(method):
+    plain, own = (
+        yaml.safe_load((CONFIGS / f"alpaca_{m}.yaml").read_text()) for m in ("lora", method)
+    )
+    for config in (plain, own):
+        config.pop("init", None)
+        config["trainer"].pop("default_root_dir")
+        config["model"]["optimizer"]["init_args"].pop("lr")
+        config["model"].pop("adapter")
+        config["model"].pop("lora_plus_ratio", None)
+    assert own == plain
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

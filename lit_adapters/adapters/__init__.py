@@ -1,7 +1,30 @@
 """What is trained beside a frozen layer: one file per method."""
 
-from lit_adapters.adapters.base import Adapter, AdapterSpec
-from lit_adapters.adapters.lora import LoRA, LoRAAdapter
+from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters.dora import DoRA, DoRAAdapter
+from lit_adapters.adapters.full import FullFineTuning
+from lit_adapters.adapters.llama_adapter import LLaMAAdapter, LLaMAAdapterLayer
+from lit_adapters.adapters.lora import LoRA
+from lit_adapters.adapters.low_rank import LoRAAdapter
 from lit_adapters.adapters.methods import METHODS
+from lit_adapters.adapters.prefix import PEFTPrefixTuning, PrefixTuning, start_from_text
+from lit_adapters.adapters.prefix_layer import PrefixAdapter
 
-__all__ = ["METHODS", "Adapter", "AdapterSpec", "LoRA", "LoRAAdapter"]
+__all__ = [
+    "METHODS",
+    "PREFIX",
+    "Adapted",
+    "Adapter",
+    "AdapterSpec",
+    "DoRA",
+    "DoRAAdapter",
+    "FullFineTuning",
+    "LLaMAAdapter",
+    "LLaMAAdapterLayer",
+    "LoRA",
+    "LoRAAdapter",
+    "PEFTPrefixTuning",
+    "PrefixAdapter",
+    "PrefixTuning",
+    "start_from_text",
+]
