@@ -4,7 +4,7 @@ python examples/compare_methods.py [--steps 300] [--seeds 1 2 3] [--methods lora
 
 Each run is the command a user would type, ``fit --config configs/alpaca_<method>.yaml``, in a
 process of its own. Finished runs are kept in ``--out``, so a broken-off comparison goes on where it
-stopped. Needs matplotlib: ``pip install -e '.[plot]'``.
+stopped. The plot needs matplotlib: ``pip install -e '.[plot]'``.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
@@ -137,9 +138,13 @@ def main() -> None:
                 file.write_text(json.dumps(result))
             runs.append(json.loads(file.read_text()))
     runs.sort(key=lambda r: options.methods.index(r["method"]))
-    plot(runs, options.out / "compare_methods.png")
     print(json.dumps(runs) if options.json else table(runs))
-    print(f"plot: {options.out / 'compare_methods.png'}", file=sys.stderr)
+    picture = options.out / "compare_methods.png"
+    if find_spec("matplotlib"):
+        plot(runs, picture)
+        print(f"plot: {picture}", file=sys.stderr)
+    else:
+        print("no plot: pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Every example runs as a user runs it."""
 
+import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,3 +26,24 @@ def test_an_existing_project_trains_adapters_and_finds_them_again(tmp_path):
 def test_few_lines_are_added_to_an_existing_project():
     lines = (ROOT / "examples" / "existing_project.py").read_text().splitlines()
     assert sum("# +" in line for line in lines) <= 11
+
+
+def test_the_comparison_makes_a_table_and_goes_on_where_it_stopped(tmp_path):
+    command = [
+        *(sys.executable, str(ROOT / "examples" / "compare_methods.py"), "--methods", "lora"),
+        *("llama_adapter", "--seeds", "1", "--steps", "5", "--out", str(tmp_path)),
+        *("--samples.limit=2", "--samples.max_new_tokens=2", "--trainer.limit_val_batches=2"),
+    ]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    head, _, *rows = first.stdout.strip().splitlines()
+    assert head.startswith("| method | validation loss |")
+    assert [row.split("|")[1].strip() for row in rows] == ["lora", "llama_adapter"]
+    assert "224,256" in rows[0]
+    assert (tmp_path / "compare_methods.png").exists() == bool(find_spec("matplotlib"))
+
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert "lora, seed 1" not in again.stderr  # kept, not run again
+    runs = json.loads(again.stdout)
+    assert [run["method"] for run in runs] == ["lora", "llama_adapter"]
+    assert all(run["train_loss"] and run["val_loss"] > 0 for run in runs)
