@@ -28,14 +28,14 @@ class Footprint:
 
 
 def footprint(model: nn.Module) -> Footprint:
-    """Measure ``model``; the adapter is what is trainable, tied tensors count once."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    """Measure ``model``; the adapter is what is trained, and pinned origins; ties count once."""
+    named = list(model.named_parameters())
+    adapter = [p for name, p in named if p.requires_grad or ".adapter." in name]
     return Footprint(
-        trainable=sum(p.numel() for p in trained),
-        total=sum(p.numel() for p in [*trained, *frozen]),
-        base_bytes=sum(p.nbytes for p in frozen),
-        adapter_bytes=sum(p.nbytes for p in trained),
+        trainable=sum(p.numel() for _, p in named if p.requires_grad),
+        total=sum(p.numel() for _, p in named),
+        base_bytes=sum(p.nbytes for _, p in named) - sum(p.nbytes for p in adapter),
+        adapter_bytes=sum(p.nbytes for p in adapter),
     )
 
 

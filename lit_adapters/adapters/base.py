@@ -41,9 +41,13 @@ class Adapter(nn.Module, ABC):
         """Whether equal parameters would mean equal outputs in evaluation."""
 
     def start(
-        self, layer: nn.Module, initialiser: Any, generator: Generator, evidence: Any = None
+        self,
+        layer: nn.Module,
+        initialiser: Any,
+        generator: Generator,
+        gradient: Tensor | None = None,
     ) -> None:
-        """Take the start that ``initialiser`` computes, from ``evidence`` if it asked for any.
+        """Take the start that ``initialiser`` computes, from ``gradient`` (out, in) if it reads it.
 
         Raises:
             TypeError: if this method has no such start.

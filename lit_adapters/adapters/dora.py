@@ -75,10 +75,10 @@ class DoRAAdapter(LoRAAdapter):
         layer: nn.Module,
         initialiser: Initialiser,
         generator: torch.Generator,
-        evidence: Tensor | None = None,
+        gradient: Tensor | None = None,
     ) -> None:
         """Take the start of an initialiser; the magnitude starts at the length of the rows."""
-        super().start(layer, initialiser, generator, evidence)
+        super().start(layer, initialiser, generator, gradient)
         with torch.no_grad():
             self.magnitude.copy_(self.norms(layer))
 

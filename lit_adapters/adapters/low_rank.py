@@ -70,9 +70,9 @@ class LoRAAdapter(Adapter):
         layer: nn.Module,
         initialiser: Initialiser,
         generator: torch.Generator,
-        evidence: Tensor | None = None,
+        gradient: Tensor | None = None,
     ) -> None:
-        """Take the start of ``initialiser``; ``evidence`` is the gradient (out, in) if it reads it.
+        """Take the start of ``initialiser``, from the loss's gradient (out, in) if it reads it.
 
         Each block of a grouped convolution has a start of its own.
         """
@@ -80,9 +80,7 @@ class LoRAAdapter(Adapter):
         weight = (
             read_weight(layer) if initialiser.reads_weight else torch.empty(shape, device="meta")
         )
-        blocks = [weight.chunk(self.groups), [None] * self.groups]
-        if evidence is not None:
-            blocks[1] = evidence.chunk(self.groups)
+        gradients = [None] * self.groups if gradient is None else gradient.chunk(self.groups)
         factors = [
             initialiser(
                 block,
@@ -90,9 +88,9 @@ class LoRAAdapter(Adapter):
                 self.scale,
                 generator=generator,
                 lookup=is_lookup(layer),
-                gradient=gradient,
+                gradient=part,
             )
-            for block, gradient in zip(*blocks, strict=True)
+            for block, part in zip(weight.chunk(self.groups), gradients, strict=True)
         ]
         self.set_factors(
             Factors(*map(torch.cat, zip(*factors, strict=True))), initialiser.pins_origin

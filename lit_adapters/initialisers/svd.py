@@ -24,7 +24,8 @@ def leading_svd(
     if niter is None or columns >= min(matrix.shape):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, :rank], S[:rank], Vh[:rank]
-    test = torch.randn(matrix.shape[1], columns, generator=generator, dtype=torch.float32)
+    shape = (matrix.shape[1], columns)
+    test = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     Q = _orthonormal(matrix @ test.to(matrix.device))
     for _ in range(niter):
         Q = _orthonormal(matrix @ _orthonormal(matrix.T @ Q))
