@@ -9,6 +9,7 @@ stopped. The plot needs matplotlib: ``pip install -e '.[plot]'``.
 
 import argparse
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,14 +24,25 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(p.stem.removeprefix("alpaca_") for p in ROOT.glob("configs/alpaca_*.yaml"))
 
 
+def arguments(method: str, seed: int, steps: int, more: list[str]) -> list[str]:
+    return [
+        *("fit", "--config", f"configs/alpaca_{method}.yaml"),
+        *(f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.max_steps={steps}"),
+        *more,
+    ]
+
+
+def kept(method: str, seed: int, steps: int, more: list[str]) -> str:
+    """Return a name for the result that changes with the command and the config."""
+    config = (ROOT / f"configs/alpaca_{method}.yaml").read_text()
+    said = f"{arguments(method, seed, steps, more)}{config}"
+    return f"{method}-{seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.json"
+
+
 def run(method: str, seed: int, steps: int, more: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(sys.executable, "-m", "lit_adapters", "fit"),
-            *("--config", f"configs/alpaca_{method}.yaml"),
-            *(f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.max_steps={steps}"),
-            *(f"--trainer.default_root_dir={folder}", *more),
-        ]
+        command = [sys.executable, "-m", "lit_adapters", *arguments(method, seed, steps, more)]
+        command.append(f"--trainer.default_root_dir={folder}")
         start = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -38,6 +50,7 @@ def run(method: str, seed: int, steps: int, more: list[str]) -> dict:
         version = Path(folder) / "lightning_logs" / "version_0"
         weights = version / "checkpoints" / "adapter" / "adapter_model.safetensors"
         logged = columns(version / "metrics.csv")
+        assert logged["val/loss"][-1][0] == steps - 1, "the last validation is not at the end"
         return {
             "method": method,
             "seed": seed,
@@ -131,7 +144,7 @@ def main() -> None:
     runs = []
     for seed in options.seeds:  # seed by seed: a broken-off comparison is a whole one of fewer
         for method in options.methods:
-            file = options.out / f"{method}-{seed}-{options.steps}.json"
+            file = options.out / kept(method, seed, options.steps, more)
             if not file.exists():
                 print(f"{method}, seed {seed} ...", file=sys.stderr, flush=True)
                 result = run(method, seed, options.steps, more)

@@ -88,8 +88,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         validation follows, after it: a resume from before would leave it out.
         """
         step = trainer.global_step
-        ends = trainer.should_stop or step == trainer.max_steps
-        if step > self._steps_before and (step % self.interval == 0 or ends):
+        if step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates: the last state may be the best
+        if step > self._steps_before and (step % self.interval == 0 or trainer.should_stop):
             self._due = True
             if not trainer.is_last_batch and not _validates_after(trainer, batch_idx):
                 self._write_last(trainer)
