@@ -14,7 +14,9 @@ from lit_adapters.targets import match_targets
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def attach(model: nn.Module, spec: AdapterSpec, seed: int | None = None) -> list[str]:
+def attach(
+    model: nn.Module, spec: AdapterSpec, seed: int | None = None, tokenizer: Any = None
+) -> list[str]:
     """Freeze ``model`` and put a trainable adapter on every module that ``spec`` targets.
 
     Args:
@@ -22,6 +24,7 @@ def attach(model: nn.Module, spec: AdapterSpec, seed: int | None = None) -> list
         spec: The method and its settings, such as ``LoRA(rank=8)``.
         seed: Seeds each adapter's start together with its layer's name; None takes the global
             seed (``seed_everything``).
+        tokenizer: For a spec that starts from a text (`PrefixTuning`).
 
     Returns:
         The dotted names of the adapted modules.
@@ -30,6 +33,11 @@ def attach(model: nn.Module, spec: AdapterSpec, seed: int | None = None) -> list
         ValueError: if targets match nothing or only in part, settings do not fit a layer, or the
             model already holds adapters. The model is then unchanged.
     """
+    if spec.reads_text and tokenizer is None:
+        raise ValueError(
+            f"{spec.name} starts from a text here, which needs a tokenizer: pass tokenizer=..., or "
+            "leave the text out and call `start_from_text(model, input_ids)`"
+        )
     held = [name for name, *_ in adapted_layers(model)]
     if held:
         raise ValueError(
@@ -39,11 +47,24 @@ def attach(model: nn.Module, spec: AdapterSpec, seed: int | None = None) -> list
     names = match_targets(model, spec)
     layers = {name: model.get_submodule(name) for name in names}
     adapters = {name: spec.build(layer, name) for name, layer in layers.items()}
-    _refuse_half_trained(model, adapters)
+    check_layers(model, adapters)
     for name, layer in layers.items():
-        adapters[name].reset(layer, named_generator(name, seed))
+        materialise(adapters[name], layer).reset(layer, named_generator(name, seed))
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     mount(model, adapters)
+    try:
+        spec.prepare(model, tokenizer)
+    except BaseException:
+        detach(model)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
     return names
+
+
+def materialise(adapter: Adapter, layer: nn.Module) -> Adapter:
+    """Give a built adapter memory, values not set, on the device of ``layer``."""
+    return adapter.to_empty(device=next(layer.parameters()).device)
 
 
 def mount(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
@@ -97,7 +118,10 @@ def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
 
 
 def detach(model: Model) -> Model:
-    """Remove every adapter and its hook; the base is as it was, still frozen."""
+    """Remove every adapter and its hook; the base stays frozen.
+
+    It is as it was, except what `FullFineTuning` has trained.
+    """
     for _, layer, _ in list(adapted_layers(model)):
         _remove(layer)
     return model
@@ -134,7 +158,11 @@ def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: naming the adapted layers whose adapter never ran.
     """
-    silent = {name: adapter for name, _, adapter in adapted_layers(model)}
+    silent = {  # a layer that is trained itself cannot be bypassed
+        name: adapter
+        for name, layer, adapter in adapted_layers(model)
+        if not adapter.trained(layer)
+    }
     fired: set[int] = set()
     handles = [
         adapter.register_forward_hook(lambda module, *_: fired.add(id(module)))
@@ -181,10 +209,21 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _refuse_half_trained(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """A trained weight that is tied to a module left out would change that one as well."""
+def check_layers(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Check that ``adapters`` can be put on the layers they are named after.
+
+    Raises:
+        ValueError: if a layer has another child called ``adapter``, or a weight to be trained is
+            tied to a module left out, which would change as well.
+    """
     owners = _owners(model)
     for name, adapter in adapters.items():
+        child = model.get_submodule(name)._modules.get("adapter")
+        if child is not None and not isinstance(child, Adapter):
+            raise ValueError(
+                f"{name!r} has a child called 'adapter' of its own ({type(child).__name__}); leave "
+                "the layer out with `exclude`"
+            )
         for parameter in adapter.trained(model.get_submodule(name)):
             others = [n for n in owners[id(parameter)] if n not in adapters]
             if others:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_adapters.adapters import OWN_TYPE
 from lit_adapters.attachment import merge
-from lit_adapters.io import save_adapter
+from lit_adapters.io import peft_config, save_adapter
 
 
 def export_merged(
@@ -47,7 +48,16 @@ def export_peft(
         model: A model with adapters.
         path: The folder to write.
         tokenizer: Written beside it if given.
+
+    Raises:
+        ValueError: if PEFT has no method that computes the same. Nothing is then written.
     """
+    kind = peft_config(model)["peft_type"]
+    if kind.startswith(OWN_TYPE):
+        raise ValueError(
+            f"PEFT has nothing that computes what this adapter does ({kind}); use its folder with "
+            "load_adapter, or export a merged model if the method can be merged"
+        )
     folder = save_adapter(model, path)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

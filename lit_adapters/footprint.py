@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_adapters.adapters import Adapter
+
 with suppress(ImportError):  # absent on Windows
     import resource
 
@@ -29,13 +31,14 @@ class Footprint:
 
 def footprint(model: nn.Module) -> Footprint:
     """Measure ``model``; the adapter is what is trained, and pinned origins; ties count once."""
-    named = list(model.named_parameters())
-    adapter = [p for name, p in named if p.requires_grad or ".adapter." in name]
+    everything = list(model.parameters())
+    own = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+    adapter_bytes = sum(p.nbytes for p in everything if p.requires_grad or id(p) in own)
     return Footprint(
-        trainable=sum(p.numel() for _, p in named if p.requires_grad),
-        total=sum(p.numel() for _, p in named),
-        base_bytes=sum(p.nbytes for _, p in named) - sum(p.nbytes for p in adapter),
-        adapter_bytes=sum(p.nbytes for p in adapter),
+        trainable=sum(p.numel() for p in everything if p.requires_grad),
+        total=sum(p.numel() for p in everything),
+        base_bytes=sum(p.nbytes for p in everything) - adapter_bytes,
+        adapter_bytes=adapter_bytes,
     )
 
 

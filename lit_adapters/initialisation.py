@@ -1,6 +1,7 @@
 """Run an initialiser over the adapters of a whole model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,17 +55,32 @@ def initialise(
         if progress is not None:
             progress(one.name)
 
-    if not initialiser.reads_gradient:
-        for one in adapted:
-            start(one)
-    elif batches is None:
+    if initialiser.reads_gradient and batches is None:
         raise ValueError(
             f"{type(initialiser).__name__} reads gradients; pass real training batches, "
             "initialise(model, initialiser, batches=...)"
         )
-    else:
-        for one in adapted:
-            if type(one.adapter).start is Adapter.start:
-                start(one)  # raises now, and not after the passes over the batches
-        each_gradient(model, adapted, batches, start, loss, gradient_bytes)
+    with _all_or_none(adapted):
+        if not initialiser.reads_gradient:
+            for one in adapted:
+                start(one)
+        else:
+            for one in adapted:
+                if type(one.adapter).start is Adapter.start:
+                    start(one)  # raises now, and not after the passes over the batches
+            each_gradient(model, adapted, batches or (), start, loss, gradient_bytes)
     return [name for name, *_ in adapted]
+
+
+@contextmanager
+def _all_or_none(adapted: Sequence[Adapted]) -> Iterator[None]:
+    """Give every adapter back what it had if one of them fails."""
+    before = [
+        {name: value.clone() for name, value in one.adapter.state_dict().items()} for one in adapted
+    ]
+    try:
+        yield
+    except BaseException:
+        for one, state in zip(adapted, before, strict=True):
+            one.adapter.load_state_dict(state)
+        raise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.adapters import PREFIX, Adapted, AdapterSpec
-from lit_adapters.attachment import adapted_layers, mount
+from lit_adapters.attachment import adapted_layers, check_layers, materialise, mount
 from lit_adapters.fingerprint import base_name, fingerprint, same_base
 from lit_adapters.folder import (
     CARD,
@@ -41,28 +41,15 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     Raises:
         ValueError: if the model holds no adapters.
     """
+    config = peft_config(model)
     adapted = list(adapted_layers(model))
-    if not adapted:
-        raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
-    hub_id, name = base_name(model)
     adapter = adapted[0].adapter
-    adapters = [adapter for *_, adapter in adapted]
-    spec = adapter.spec.filed(adapters)
-    config = {
-        **spec.to_peft(shortest_targets(model, [name for name, *_ in adapted]), adapters),
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
-        "base_model_name_or_path": hub_id,
-        "inference_mode": True,
-    }
-    if "fan_in_fan_out" in spec.peft_fields and any(
-        isinstance(layer, Conv1D) for _, layer, _ in adapted
-    ):
-        config["fan_in_fan_out"] = True
+    spec = adapter.spec.filed([adapter for *_, adapter in adapted])
     extra = {
         "format": 1,
-        "method": type(spec).__name__,
+        "method": spec.name,
         **adapter.notes(),
-        "base": name,
+        "base": base_name(model)[1],
         "base_fingerprint": fingerprint(model, _trained(adapted)),
         "versions": {
             "lit_adapters": __version__,
@@ -79,6 +66,30 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         (part / EXTRA).write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
         (part / CARD).write_text(adapter_card(config, extra), encoding="utf-8")
     return folder
+
+
+def peft_config(model: nn.Module) -> dict[str, Any]:
+    """Return the ``adapter_config.json`` of the adapters of ``model``.
+
+    Its ``peft_type`` begins with ``LIT_`` where PEFT has no method that computes the same.
+
+    Raises:
+        ValueError: if the model holds no adapters.
+    """
+    adapted = list(adapted_layers(model))
+    if not adapted:
+        raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
+    adapters = [adapter for *_, adapter in adapted]
+    spec = adapters[0].spec.filed(adapters)
+    config = {
+        **spec.to_peft(shortest_targets(model, [name for name, *_ in adapted]), adapters),
+        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "base_model_name_or_path": base_name(model)[0],
+        "inference_mode": True,
+    }
+    if "fan_in_fan_out" in spec.peft_fields:
+        config["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for _, layer, _ in adapted)
+    return config
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> list[str]:
@@ -110,7 +121,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     if held:
         _check_same(held, adapted, folder)
         adapted = held
-    expected = spec.pack(model, adapted)
+    expected = _naming(folder / CONFIG, lambda: spec.pack(model, adapted))
     copies = {
         f"{PREFIX}{name}.base_layer.weight": layer.get_parameter("weight")
         for name, layer, adapter in adapted
@@ -121,6 +132,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     tensors = read_tensors(folder, shapes, optional)
     for key in copies.keys() & tensors.keys():
         _check_copy(folder / WEIGHTS, key, tensors[key], copies[key].detach())
+    if not held:
+        for _, layer, adapter in adapted:
+            materialise(adapter, layer)
     spec.unpack(model, adapted, tensors)
     if not held:
         mount(model, {name: adapter for name, _, adapter in adapted})
@@ -130,7 +144,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
 def _build(model: nn.Module, spec: AdapterSpec, stated: Mapping[str, Any]) -> list[Adapted]:
     names = match_targets(model, spec)
     layers = [(name, model.get_submodule(name)) for name in names]
-    return [Adapted(name, layer, spec.rebuild(layer, name, stated)) for name, layer in layers]
+    built = [Adapted(name, layer, spec.rebuild(layer, name, stated)) for name, layer in layers]
+    check_layers(model, {name: adapter for name, _, adapter in built})
+    return built
 
 
 def _check_same(held: list[Adapted], stored: list[Adapted], folder: Path) -> None:
@@ -169,7 +185,13 @@ def _trained(adapted: list[Adapted]) -> list[nn.Parameter]:
 def _check_base(
     model: nn.Module, adapted: list[Adapted], folder: Path, notes: Mapping[str, Any]
 ) -> None:
-    expected, actual = notes.get("base_fingerprint"), fingerprint(model, _trained(adapted))
+    trained = _trained(adapted)
+    expected, actual = notes.get("base_fingerprint"), fingerprint(model, trained)
+    if trained and expected is None:
+        raise ValueError(
+            f"{folder} holds weights of the base itself and no fingerprint of the model that they "
+            "belong to; pass check_base=False if you mean to write them into this one"
+        )
     if expected is not None and not same_base(str(expected), actual):
         raise ValueError(
             f"{folder} was trained on another base ({notes.get('base')!r}, fingerprint "
@@ -182,5 +204,5 @@ def _naming(file: Path, parse: Callable[[], Parsed]) -> Parsed:
     """Run ``parse`` and name ``file`` in its errors."""
     try:
         return parse()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch refuses sizes with a RuntimeError
         raise ValueError(f"{file}: {error}") from error

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-PEFT_READS = {"LORA", "ADAPTION_PROMPT", "PREFIX_TUNING"}
+from lit_adapters.adapters import OWN_TYPE
 
 
 def adapter_card(config: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
     """Return a short model card: what this is, its base, and how to load it."""
     hub_id = config["base_model_name_or_path"]
-    with_peft = config["peft_type"] in PEFT_READS
+    with_peft = not config["peft_type"].startswith(OWN_TYPE)
     front = [f"library_name: {'peft' if with_peft else 'lit_adapters'}"]
     front.append(f"tags: [lit_adapters, {extra['method']}]")
     if hub_id:
@@ -26,7 +26,7 @@ def adapter_card(config: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
 
 # {extra["method"]} adapter for {extra["base"]}
 
-What was trained; the frozen base model (fingerprint `{extra["base_fingerprint"]}`) is not included.
+Only what was trained is here, nothing else of the base model (`{extra["base_fingerprint"]}`).
 
 | setting | value |
 |---|---|

@@ -1,6 +1,7 @@
 """The LightningModule: one causal language model, one adapter, one loss."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -50,7 +51,8 @@ class AdapterFineTuneModule(LightningModule):
         lr_scheduler: Decay after the warm-up: cosine, linear or constant; or a scheduler class,
             advanced once per optimizer step and without our warm-up.
         warmup: Optimizer steps of linear warm-up if 1 or more, else their share of all steps.
-        lora_plus_ratio: Learning rate of ``lora_B`` over that of ``lora_A`` (LoRA+: about 16).
+        lora_plus_ratio: Learning rate of ``lora_B``, and of vectors such as magnitudes and biases,
+            over that of everything else (LoRA+: about 16).
         embedding_lr: Learning rate of adapters on embeddings; the optimizer's if null.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         dtype: Data type of the frozen base; auto follows the trainer's precision.
@@ -145,8 +147,8 @@ class AdapterFineTuneModule(LightningModule):
                 self.base, self._base_dtype(), self.revision, self.attn_implementation
             )
         if not any(adapted_layers(self.model)):  # a model passed in may be adapted already
-            attach(self.model, self.adapter)
-            self.adapter.prepare(self.model, lambda: self.tokenizer)
+            tokenizer = self.tokenizer if self.adapter.reads_text else None
+            attach(self.model, self.adapter, tokenizer=tokenizer)
         if self.gradient_checkpointing:
             enable = getattr(  # its name from transformers 5.2x on
                 self.model,
@@ -210,6 +212,14 @@ class AdapterFineTuneModule(LightningModule):
         self._adapters_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
+        rounded = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32}
+        if rounded:
+            warnings.warn(
+                f"what is trained is kept in {', '.join(map(str, rounded))}, where most steps of a "
+                "small learning rate are lost in rounding; full fine-tuning wants precision="
+                "'bf16-mixed' or '32-true'",
+                stacklevel=2,
+            )
         sizes = footprint(self.model)
         self._log_once(
             {
@@ -300,10 +310,22 @@ class AdapterFineTuneModule(LightningModule):
             group.update({k: v for k, v in chosen.items() if v is not None})
             if before and group["initial_lr"] != before:
                 group["lr"] *= group["initial_lr"] / before
+        self._resume_loaders()
         for config in self.trainer.lr_scheduler_configs:
             rates = [group["initial_lr"] for group in optimizer.param_groups]
             if hasattr(config.scheduler, "base_lrs"):
                 config.scheduler.base_lrs = rates
+
+    def _resume_loaders(self) -> None:
+        """Let loaders that keep their position go on there.
+
+        `configure_optimizers` asks for the number of steps, which makes Lightning 2.6 set the data
+        up before it has read the checkpoint, and not again after.
+        """
+        loop = self.trainer.fit_loop
+        if loop._combined_loader_states_to_load:
+            loop._load_combined_loader_states()
+            iter(cast(Iterable[Any], loop._data_fetcher))
 
     # --- evaluation ------------------------------------------------------------------------------
 

@@ -21,7 +21,10 @@ def spec_from_plain(plain: Mapping[str, Any]) -> AdapterSpec:
     name = str(plain.get("class_path")).rpartition(".")[2]
     for method in METHODS:
         if method.__name__ == name:
-            return method(**plain.get("init_args", {}))
+            try:
+                return method(**plain.get("init_args", {}))
+            except TypeError as error:
+                raise ValueError(f"saved settings of {name} do not fit: {error}") from error
     raise ValueError(
         f"adapter {name!r} is unknown; expected one of {[m.__name__ for m in METHODS]}"
     )

@@ -59,7 +59,8 @@ def test_the_paper_s_settings_compose_with_method_and_base(capsys, method):
     assert holds(found, yaml.safe_load((CONFIGS / stack[-1]).read_text()))
     own = yaml.safe_load((CONFIGS / stack[0]).read_text())
     assert found["model"]["adapter"]["class_path"] == own["model"]["adapter"]["class_path"]
-    assert found["init"] == parsed(capsys, CONFIGS / stack[0])["init"]
+    start = parsed(capsys, CONFIGS / stack[0])["init"]["initialiser"]
+    assert found["init"]["initialiser"] == start
     assert found["model"]["base"] == "mistralai/Mistral-7B-v0.3"
 
 

@@ -63,10 +63,20 @@ class Method(NamedTuple):
     start: Initialiser | None = None
 
 
+STARTS = {
+    "kaiming": None,
+    "gaussian": Gaussian(),
+    "pissa": PiSSA(),
+    "olora": OLoRA(),
+    "milora": MiLoRA(),
+    "ga": LoRAGA(),
+}
 # What changes a layer's matrix: tested on every layer type and on whole models.
 MATRIX_METHODS = {
-    "lora": Method(LoRA(rank=4, alpha=8)),
+    **{f"lora-{name}": Method(LoRA(rank=4, alpha=8), start) for name, start in STARTS.items()},
+    **{f"dora-{name}": Method(DoRA(rank=4, alpha=8), start) for name, start in STARTS.items()},
     "lora-rslora": Method(LoRA(rank=4, alpha=8, rslora=True)),
+    "lora-rslora-pissa": Method(LoRA(rank=4, alpha=8, rslora=True), PiSSA(niter=None)),
     "lora-dropout": Method(LoRA(rank=4, alpha=8, dropout=0.3)),
     "lora-patterns": Method(
         LoRA(
@@ -77,14 +87,7 @@ MATRIX_METHODS = {
         )
     ),
     "lora-rank-1": Method(LoRA(rank=1, alpha=0.5)),
-    "lora-gaussian": Method(LoRA(rank=4, alpha=8), Gaussian()),
-    "lora-pissa": Method(LoRA(rank=4, alpha=4), PiSSA()),
-    "lora-olora": Method(LoRA(rank=4, alpha=8, rank_pattern={"layer|q_proj": 2}), OLoRA()),
-    "lora-milora": Method(LoRA(rank=4, alpha=8), MiLoRA()),
-    "lora-ga": Method(LoRA(rank=2, alpha=4, rslora=True), LoRAGA()),
-    "dora": Method(DoRA(rank=4, alpha=8)),
     "dora-dropout": Method(DoRA(rank=4, alpha=8, dropout=0.3)),
-    "dora-pissa": Method(DoRA(rank=4, alpha=8, rslora=True), PiSSA(niter=None)),
 }
 # What acts inside attention: tested on whole models.
 PROMPT_METHODS = {
@@ -424,7 +427,7 @@ def test_embedding_factors_start_with_zero_a_and_normal_b(initialiser):
 @every_model
 @pytest.mark.parametrize("initialiser", [Kaiming(), Gaussian()])
 def test_initialise_restores_the_base_output_and_is_repeatable(family, initialiser):
-    model = adapted_model(family, "lora", "embedding-too")
+    model = adapted_model(family, "lora-kaiming", "embedding-too")
     initialise(model, initialiser, seed=3)
     first = trainable(model)
     assert torch.equal(logits(model), logits(MODELS[family]()))
@@ -600,7 +603,7 @@ def test_merge_adds_in_fp32_and_rounds_once():
 
 
 def test_the_merged_model_saves_and_loads_as_a_stock_checkpoint(tmp_path):
-    model = adapted_model("llama", "lora")
+    model = adapted_model("llama", "lora-kaiming")
     before = logits(model)
     merge(model).save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, local_files_only=True).eval()
@@ -695,8 +698,12 @@ def test_after_twenty_steps_a_folder_gives_the_same_on_a_fresh_base(
 
 
 @every_model_and_method
-def test_training_resumes_to_the_bit_from_a_file_read_with_weights_only(family, method, tmp_path):
-    whole = adapted_model(family, method, "embedding-too", shaken=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_resumes_to_the_bit_from_a_file_read_with_weights_only(
+    family, method, dtype, tmp_path
+):
+    whole = MODELS[family]().to(dtype)
+    adapt(whole, method, TARGETS["embedding-too"][family])
     optimizer = _trained(whole, 3)
     torch.save((whole.state_dict(), optimizer.state_dict()), tmp_path / "file.pt")
     _trained(whole, 3, optimizer)
@@ -704,7 +711,7 @@ def test_training_resumes_to_the_bit_from_a_file_read_with_weights_only(family, 
     spec = METHODS[method].spec
     if method in MATRIX_METHODS:
         spec = replace(spec, targets=TARGETS["embedding-too"][family])
-    resumed = MODELS[family]()
+    resumed = MODELS[family]().to(dtype)
     attach(resumed, spec, seed=99)  # without its start: the file knows where that was
     state, moments = torch.load(tmp_path / "file.pt", weights_only=True)
     resumed.load_state_dict(state, strict=True)
@@ -731,7 +738,7 @@ def _same_gradients(found, expected, tolerance=1e-5):
 
 
 @every_layer
-@pytest.mark.parametrize("method", ["lora", "lora-dropout", "lora-pissa", "dora"])
+@pytest.mark.parametrize("method", ["lora-kaiming", "lora-dropout", "lora-pissa", "dora-kaiming"])
 def test_a_layer_compiles_without_graph_breaks(kind, method):
     torch.compiler.reset()
     model, x = adapted_layer(kind, method), inputs(kind)
@@ -746,7 +753,7 @@ def test_a_layer_compiles_without_graph_breaks(kind, method):
 @every_model
 def test_a_model_compiles_without_graph_breaks(family):
     torch.compiler.reset()
-    model = adapted_model(family, "lora", "embedding-too").train()
+    model = adapted_model(family, "lora-kaiming", "embedding-too").train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     data = {"input_ids": batch()["input_ids"], "labels": batch()["labels"], "use_cache": False}
     _same_gradients(
@@ -824,7 +831,7 @@ def test_casting_the_model_keeps_adapter_masters_in_fp32_to_the_bit(family, meth
 
 @every_layer
 def test_casting_while_moving_to_another_device_moves_but_keeps_fp32(kind):
-    model = adapted_layer(kind, "lora").to("meta", torch.bfloat16)
+    model = adapted_layer(kind, "lora-kaiming").to("meta", torch.bfloat16)
     assert model.layer.weight.dtype == torch.bfloat16
     for parameter in model.layer.adapter.parameters():
         assert parameter.device.type == "meta"
@@ -852,7 +859,7 @@ def test_attach_to_a_bf16_base_makes_fp32_adapters_that_train(family, method, ta
 
 
 @every_flat_layer
-@pytest.mark.parametrize("method", ["lora", "lora-rslora", "lora-dropout", "lora-patterns"])
+@pytest.mark.parametrize("method", ["lora-kaiming", "lora-rslora", "lora-dropout", "lora-patterns"])
 def test_on_a_bf16_base_the_branch_is_computed_in_fp32_and_cast_once(kind, method):
     model, base = adapted_layer(kind, method).bfloat16(), one_layer(kind).bfloat16()
     x = inputs(kind) if kind.startswith("embedding") else inputs(kind).bfloat16()
@@ -889,7 +896,7 @@ def test_bf16_autocast_on_an_fp32_base_starts_at_the_base_and_trains_fp32_master
 def test_gradients_reach_the_layers_input(kind, dtype):
     if kind.startswith("embedding"):
         pytest.skip("token ids have no gradient")
-    model = adapted_layer(kind, "lora").to(dtype)
+    model = adapted_layer(kind, "lora-kaiming").to(dtype)
     x = inputs(kind).to(dtype).requires_grad_()
     model(x).float().sum().backward()
     adapter, weight = model.layer.adapter, model.layer.weight.float()

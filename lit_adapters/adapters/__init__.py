@@ -1,6 +1,6 @@
 """What is trained beside a frozen layer: one file per method."""
 
-from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters.base import OWN_TYPE, PREFIX, Adapted, Adapter, AdapterSpec
 from lit_adapters.adapters.dora import DoRA, DoRAAdapter
 from lit_adapters.adapters.full import FullFineTuning
 from lit_adapters.adapters.llama_adapter import LLaMAAdapter, LLaMAAdapterLayer
@@ -12,6 +12,7 @@ from lit_adapters.adapters.prefix_layer import PrefixAdapter
 
 __all__ = [
     "METHODS",
+    "OWN_TYPE",
     "PREFIX",
     "Adapted",
     "Adapter",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Generator, Tensor, nn
 
 PREFIX = "base_model.model."  # of every key in a file; PEFT finds nothing without it
+OWN_TYPE = "LIT_"  # begins each ``peft_type`` that PEFT is to refuse
 
 
 class Adapter(nn.Module, ABC):
@@ -18,6 +19,7 @@ class Adapter(nn.Module, ABC):
 
     spec: "AdapterSpec"  # what it was built from
     active = True  # whether the layer's hooks use it
+    start_name: str | None = None  # the initialiser it started from, for the record
     changes_inputs: ClassVar[bool] = False  # whether `inputs` does anything
 
     @abstractmethod
@@ -67,6 +69,9 @@ class Adapter(nn.Module, ABC):
             f"{type(self.spec).__name__} cannot be merged: no weight of the base computes the "
             "same. Keep the base and load the adapter folder on it"
         )
+
+    def make_room(self) -> None:
+        """Have a place for the origin that a checkpoint will fill, if the method has one."""
 
     def trained(self, layer: nn.Module) -> list[nn.Parameter]:
         """Parameters of ``layer`` itself that training changes; none for most methods."""
@@ -138,6 +143,16 @@ class AdapterSpec(ABC):
         if not isinstance(layers, list) or not all(type(n) is int for n in layers):
             raise ValueError(f"layers must be a list of layer numbers, got {layers!r}")
 
+    @property
+    def name(self) -> str:
+        """What the method is called in files."""
+        return type(self).__name__
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether `prepare` needs a tokenizer."""
+        return False
+
     @abstractmethod
     def fits(self, layer: nn.Module) -> bool:
         """Whether this method can adapt a module like ``layer``."""
@@ -146,12 +161,12 @@ class AdapterSpec(ABC):
         """Narrow the names that the targets matched, given in model order."""
         return names
 
-    def prepare(self, model: nn.Module, tokenizer: Callable[[], Any]) -> None:  # noqa: B027
+    def prepare(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027
         """Finish the start of freshly attached adapters that need the whole model or text."""
 
     @abstractmethod
     def build(self, layer: nn.Module, name: str) -> Adapter:
-        """Return an adapter for ``layer``, called ``name`` in its model, values not yet set.
+        """Return an adapter for ``layer``, called ``name`` in its model, on the meta device.
 
         Raises:
             ValueError: if the settings do not fit this layer.
@@ -199,5 +214,5 @@ class AdapterSpec(ABC):
     ) -> None:
         """Load what `pack` returned, checked to have its keys and shapes."""
         for name, layer, adapter in adapted:
-            keys = adapter.tensors(layer)
-            adapter.load(layer, {key: tensors[f"{PREFIX}{name}.{key}"] for key in keys})
+            keys = {key: f"{PREFIX}{name}.{key}" for key in adapter.tensors(layer)}
+            adapter.load(layer, {k: tensors[full] for k, full in keys.items() if full in tensors})

@@ -1,6 +1,6 @@
 """DoRA: LoRA turns each output row, a trained magnitude sets its length (arXiv 2402.09353)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,16 @@ class DoRAAdapter(LoRAAdapter):
         super().start(layer, initialiser, generator, gradient)
         with torch.no_grad():
             self.magnitude.copy_(self.norms(layer))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.weight_norms = None  # the base may be loaded with it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRAAdapter":
+        if self.magnitude.is_meta:
+            self.weight_norms = None  # values are about to come
+        super()._apply(fn, recurse)
+        return self
 
     def norms(self, layer: nn.Module) -> Tensor:
         """Return ``||W + scale * B A||`` of every row (out,), fp32, without that matrix.

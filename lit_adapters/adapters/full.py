@@ -21,9 +21,7 @@ class FullFineTuning(AdapterSpec):
         layers: Keep only modules inside the decoder layers of these numbers.
     """
 
-    peft_types: ClassVar[tuple[str, ...]] = (
-        "FULL_FINE_TUNING",
-    )  # unknown to PEFT, which refuses it
+    peft_types: ClassVar[tuple[str, ...]] = ("LIT_FULL",)
     peft_fields: ClassVar[Set[str]] = frozenset({"target_modules"})
 
     targets: str | list[str] = "all"
@@ -51,7 +49,7 @@ class FullFineTuning(AdapterSpec):
 
     def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
         """Return the fields of the config, in PEFT's layout."""
-        return {"peft_type": "FULL_FINE_TUNING", "target_modules": targets}
+        return {"peft_type": "LIT_FULL", "target_modules": targets}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "FullFineTuning":
@@ -68,17 +66,6 @@ class FullFineTuning(AdapterSpec):
                     seen.add(id(tensor))
                     packed[f"{PREFIX}{name}.{key}"] = tensor.detach()
         return packed
-
-    @torch.no_grad()
-    def unpack(
-        self, model: nn.Module, adapted: Sequence[Adapted], tensors: Mapping[str, Tensor]
-    ) -> None:
-        """Write the trained parameters into the base."""
-        for name, layer, _ in adapted:
-            for key, parameter in layer.named_parameters(recurse=False):
-                value = tensors.get(f"{PREFIX}{name}.{key}")
-                if value is not None:  # absent: tied to one that is there
-                    parameter.copy_(value)
 
 
 class TrainedLayer(Adapter):
@@ -112,7 +99,8 @@ class TrainedLayer(Adapter):
         """Return all parameters of ``layer`` itself."""
         return dict(layer.named_parameters(recurse=False))
 
+    @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Copy into the layer's own parameters."""
+        """Copy into the layer's own parameters; a tied one is in the file once."""
         for key, value in tensors.items():
-            layer.get_parameter(key).data.copy_(value)
+            layer.get_parameter(key).copy_(value)

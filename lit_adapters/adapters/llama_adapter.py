@@ -31,7 +31,7 @@ class LLaMAAdapter(AdapterSpec):
     """
 
     # PEFT knows ADAPTION_PROMPT, which is the scalar gate, and refuses the other.
-    peft_types: ClassVar[tuple[str, ...]] = ("ADAPTION_PROMPT", "LLAMA_ADAPTER")
+    peft_types: ClassVar[tuple[str, ...]] = ("ADAPTION_PROMPT", "LIT_LLAMA_ADAPTER")
     peft_fields: ClassVar[Set[str]] = frozenset(
         {"adapter_len", "adapter_layers", "target_modules", "gate"}
     )
@@ -81,7 +81,7 @@ class LLaMAAdapter(AdapterSpec):
         if self.gate == "scalar" and ending is not None and not biased:
             return {"peft_type": "ADAPTION_PROMPT", "target_modules": ending, **common}
         return {
-            "peft_type": "LLAMA_ADAPTER",
+            "peft_type": "LIT_LLAMA_ADAPTER",
             "target_modules": targets,
             "gate": self.gate,
             **common,
@@ -97,7 +97,7 @@ class LLaMAAdapter(AdapterSpec):
     def from_peft(cls, config: Mapping[str, Any]) -> "LLaMAAdapter":
         """Return the settings that PEFT's config, or ours, states."""
         targets = read_field(config, "target_modules", (str, list), "self_attn")
-        ours = config["peft_type"] == "LLAMA_ADAPTER"
+        ours = config["peft_type"] == "LIT_LLAMA_ADAPTER"
         return cls(
             prompt_length=read_field(config, "adapter_len", int),
             top_layers=read_field(config, "adapter_layers", int),
@@ -121,11 +121,10 @@ class LLaMAAdapterLayer(Adapter):
         self.spec = spec
         self.output_bias = layer.o_proj.bias is not None  # PEFT 0.21 would add it twice
         heads = int(layer.q_proj.out_features) // int(layer.head_dim)
-        device = next(layer.parameters()).device
         shape = (spec.prompt_length, int(layer.q_proj.in_features))
-        self.prompts = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        self.prompts = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))
         gates = heads if spec.gate == "per-head" else 1
-        self.gate = nn.Parameter(torch.empty(gates, dtype=torch.float32, device=device))
+        self.gate = nn.Parameter(torch.empty(gates, dtype=torch.float32, device="meta"))
 
     @torch.no_grad()
     def reset(self, layer: nn.Module, generator: Generator) -> None:

@@ -34,7 +34,7 @@ class LoRA(AdapterSpec):
         alpha_pattern: The same for alpha.
     """
 
-    # The second is unknown to PEFT, which refuses it: for layers where it computes something else.
+    # The second is for layers beside which PEFT computes something else.
     peft_types: ClassVar[tuple[str, ...]] = ("LORA", "LIT_LORA")
     peft_fields: ClassVar[Set[str]] = frozenset(
         "r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules "
@@ -110,16 +110,26 @@ class LoRA(AdapterSpec):
                 f"PEFT ran the adapter of {name!r} without its padding mode, dilation "
                 "and groups, so here its factors compute something else; use it with PEFT"
             )
-        if stated.get("origin") != ORIGIN_NOTE:
-            return self.build(layer, name)
-        adapter = self.of_half_rank().build(layer, name)
-        adapter.pin()
+        origin = stated.get("origin")
+        if origin not in (None, ORIGIN_NOTE):
+            raise ValueError(
+                f"origin={origin!r} is unknown; was the folder written by a later version?"
+            )
+        adapter = (self.of_half_rank() if origin else self).build(layer, name)
+        adapter.pin(origin is not None)
+        start = stated.get("initialiser")
+        adapter.start_name = start if isinstance(start, str) else None
         return adapter
 
     def filed(self, adapters: Sequence[Adapter]) -> "LoRA":
         """Return these settings, or, for pinned adapters, the plain LoRA that their file holds."""
-        pinned = any(isinstance(adapter, LoRAAdapter) and adapter.pinned for adapter in adapters)
-        return self.of_double_rank() if pinned else self
+        pinned = {isinstance(adapter, LoRAAdapter) and adapter.pinned for adapter in adapters}
+        if len(pinned) > 1:
+            raise ValueError(
+                "some adapters of the model have a pinned origin and some have not, which no file "
+                "can state; run `initialise` over the whole model"
+            )
+        return self.of_double_rank() if pinned == {True} else self
 
     def of_double_rank(self) -> "LoRA":
         """Return the plain LoRA that holds a pinned origin in the second half of its rank."""
@@ -168,12 +178,13 @@ class LoRA(AdapterSpec):
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Whether the config states LoRA without the magnitudes of DoRA."""
-        return super().recognises(config) and not config.get("use_dora")
+        return super().recognises(config) and config.get("use_dora") is not True
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
         """Return the settings in a PEFT LoRA config; what PEFT leaves out takes PEFT's default."""
         _refuse_unsupported(config)
+        read_field(config, "use_dora", bool, False)  # `recognises` has looked at its value
         return cls(
             rank=read_field(config, "r", int, 8),
             alpha=read_field(config, "lora_alpha", (int, float), 8),

@@ -49,10 +49,8 @@ class LoRAAdapter(Adapter):
         self.dropout = dropout
         self.groups = group_count(layer)
         self.peft_agrees = peft_agrees(layer)
-        self.start_name: str | None = None  # of the initialiser, for the record
         out_features, in_features = matrix_shape(layer)
-        device = next(layer.parameters()).device
-        empty = partial(torch.empty, device=device, dtype=torch.float32)
+        empty = partial(torch.empty, device="meta", dtype=torch.float32)
         self.lora_A = nn.Parameter(empty(self.groups * rank, in_features))
         self.lora_B = nn.Parameter(empty(out_features, rank))
         self.register_parameter("lora_A0", None)
@@ -80,6 +78,11 @@ class LoRAAdapter(Adapter):
         weight = (
             read_weight(layer) if initialiser.reads_weight else torch.empty(shape, device="meta")
         )
+        if initialiser.reads_weight and weight.is_meta:
+            raise ValueError(
+                f"{type(initialiser).__name__} reads weights, and a {type(layer).__name__} is on "
+                "the meta device, without values; load the base first"
+            )
         gradients = [None] * self.groups if gradient is None else gradient.chunk(self.groups)
         factors = [
             initialiser(
@@ -110,6 +113,11 @@ class LoRAAdapter(Adapter):
             value = self.get_parameter(name).detach().clone() if pin else None
             frozen = None if value is None else nn.Parameter(value, requires_grad=False)
             self.register_parameter(origin, frozen)
+
+    def make_room(self) -> None:
+        """Have an origin, of whatever value."""
+        if not self.pinned:
+            self.pin()
 
     @property
     def pinned(self) -> bool:

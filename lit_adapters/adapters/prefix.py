@@ -1,7 +1,7 @@
 """Prefix tuning: learned keys and values before the first token (arXiv 2101.00190)."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,6 +50,8 @@ class PrefixTuning(AdapterSpec):
         super().__post_init__()
         if type(self.length) is not int or self.length < 1:
             raise ValueError(f"length must be a positive integer, got {self.length!r}")
+        if self.text is not None and not isinstance(self.text, str):
+            raise ValueError(f"text must be a string, got {self.text!r}")
 
     def fits(self, layer: Any) -> bool:
         """Whether ``layer`` is causal self-attention that takes its keys from a cache."""
@@ -63,10 +65,15 @@ class PrefixTuning(AdapterSpec):
             and layer.k_proj.out_features == layer.v_proj.out_features
         )
 
-    def prepare(self, model: nn.Module, tokenizer: Callable[[], Any]) -> None:
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a text to start from."""
+        return self.text is not None
+
+    def prepare(self, model: nn.Module, tokenizer: Any) -> None:
         """Start from ``text``, if there is one."""
         if self.text is not None:
-            start_from_text(model, tokenizer()(self.text, return_tensors="pt")["input_ids"])
+            start_from_text(model, tokenizer(self.text, return_tensors="pt")["input_ids"])
 
     def build(self, layer: nn.Module, name: str) -> PrefixAdapter:
         """Return a prefix for ``layer``, values not yet set."""
@@ -110,6 +117,11 @@ class PrefixTuning(AdapterSpec):
 @dataclass(frozen=True)
 class PEFTPrefixTuning(PrefixTuning):
     """`PrefixTuning` of all layers in PEFT's layout: what a file states, not for configs."""
+
+    @property
+    def name(self) -> str:
+        """What the method is called in files."""
+        return PrefixTuning.__name__
 
     def build(self, layer: nn.Module, name: str) -> PrefixAdapter:
         """Return a prefix for ``layer``, values not yet set.

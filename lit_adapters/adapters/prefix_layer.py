@@ -34,9 +34,8 @@ class PrefixAdapter(Adapter):
         self.peft_problem = peft_problem  # why a file cannot be in PEFT's layout
         head_dim = int(layer.head_dim)
         shape = (int(layer.k_proj.out_features) // head_dim, length, head_dim)
-        device = next(layer.parameters()).device
-        self.keys = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-        self.values = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        self.keys = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))
+        self.values = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))
 
     def reset(self, layer: nn.Module, generator: Generator) -> None:
         """Draw keys and values from N(0, 0.02^2)."""

@@ -35,7 +35,7 @@ def stacked(model: nn.Module, adapted: Sequence[Adapted]) -> Tensor:
         ValueError: if not every layer is adapted.
     """
     prefixes = _in_order(adapted)
-    cos, sin = _turn(model, prefixes[0].length)
+    cos, sin = (part.to(prefixes[0].keys.device) for part in _turn(model, prefixes[0].length))
     pairs = [(rotate(p.keys.detach(), cos, sin), p.values.detach()) for p in prefixes]
     parts = torch.stack([part for pair in pairs for part in pair])
     return parts.permute(2, 0, 1, 3).flatten(1)  # from (layers * 2, kv_heads, length, head_dim)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_adapters.adapters import Adapter, LoRAAdapter
+from lit_adapters.adapters import Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.callbacks.checkpoint import adapted_children
 from lit_adapters.callbacks.first_batches import first_batches
@@ -58,6 +58,7 @@ class InitAdapters(Callback):
         self.batches = batches
         self.gradient_bytes = gradient_bytes
         self.initialised: list[str] = []
+        self._start: str | None = None  # what they were initialised by
         self._done: nn.Module | None = None  # an adapter of the model that was initialised
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -79,13 +80,14 @@ class InitAdapters(Callback):
             return
         self._done = adapters[0]
         if trainer.ckpt_path is not None:
-            for adapter in adapters:
-                if isinstance(adapter, LoRAAdapter) and not adapter.pinned:
-                    adapter.pin(self.initialiser.pins_origin)
+            if self.initialiser.pins_origin:
+                for adapter in adapters:
+                    adapter.make_room()
             return
         begun = time.perf_counter()
         with _ordinary_tensors():
             self.initialised = self._run(self.initialiser, pl_module, model)
+        self._start = adapters[0].start_name
         if trainer.world_size > 1:
             for adapter in adapters:
                 values = {key: value.cpu() for key, value in adapter.state_dict().items()}
@@ -131,13 +133,8 @@ class InitAdapters(Callback):
                 )
 
     def _report(self, trainer: Trainer, adapters: Sequence[Adapter], seconds: float) -> None:
-        origins = sum(
-            origin.nbytes
-            for adapter in adapters
-            if isinstance(adapter, LoRAAdapter)
-            for origin in (adapter.lora_A0, adapter.lora_B0)
-            if origin is not None
-        )
+        frozen = [p for adapter in adapters for p in adapter.parameters() if not p.requires_grad]
+        origins = sum(p.nbytes for p in frozen)
         rank_zero_info(
             f"{type(self.initialiser).__name__}: {len(adapters)} layers started in "
             f"{seconds:.1f} s, origins {origins / 1e6:.1f} MB"
@@ -148,7 +145,7 @@ class InitAdapters(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names initialised and by what, for the record."""
-        return {"initialised": self.initialised, "initialiser": repr(self.initialiser)}
+        return {"initialised": self.initialised, "start": self._start}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
@@ -156,10 +153,9 @@ class InitAdapters(Callback):
         """Let adapter folders of a resumed run say where its adapters started."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state and state["initialised"]:
-            self.initialised = state["initialised"]
+            self.initialised, self._start = state["initialised"], state["start"]
             for *_, adapter in adapted_layers(pl_module):
-                if isinstance(adapter, LoRAAdapter):
-                    adapter.start_name = state["initialiser"]
+                adapter.start_name = self._start
 
 
 @contextmanager

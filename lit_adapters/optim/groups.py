@@ -43,6 +43,16 @@ def parameter_groups(
         groups.setdefault((is_vector, rate), []).append(parameter)
     if not groups:
         raise ValueError("no parameter of the model is trainable; attach an adapter first")
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if lr_ratio != 1 and not any(name.endswith("lora_B") for name in names):
+        raise ValueError(
+            f"lr_ratio={lr_ratio} is LoRA+'s, and nothing trained here is a lora_B; leave it at 1"
+        )
+    if embedding_lr is not None and not any(rate == "embedding" for _, rate in groups):
+        raise ValueError(
+            f"embedding_lr={embedding_lr}, but no embedding holds an adapter; leave it out, or "
+            "add the embedding to `targets`"
+        )
     rates: dict[str, dict[str, Any]] = {
         "plain": {},
         "fast": {"lr_ratio": lr_ratio},
@@ -74,6 +84,8 @@ def hold_ratios(optimizer: Optimizer) -> None:
             "set the optimizer's lr"
         )
     base = groups[0]["lr"]
+    if base == 0 and any("absolute_lr" in group for group in groups):
+        raise ValueError("embedding_lr relates to the optimizer's lr, which is 0")
     for group in groups:
         if "absolute_lr" in group:
             group["lr_ratio"] = group.pop("absolute_lr") / base
