@@ -215,18 +215,32 @@ def test_a_target_that_matches_nothing_is_an_error():
         attach(llama(), FullFineTuning(targets=["q_proj", "no_such_layer"]))
 
 
-def test_running_statistics_travel_or_are_refused(tmp_path):
+def with_batch_norm(affine):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6, affine=affine)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Flatten(), nn.Linear(96, 4))
+
+
+# Known gap: a norm without parameters is no module that is trained, so nobody looks at it.
+without_parameters = pytest.param(
+    {}, False, marks=pytest.mark.xfail(strict=True, raises=AssertionError), id="no-parameters"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "affine"),
+    [
+        pytest.param({}, True, id="trained"),
+        pytest.param({"targets": ["0", "1"]}, True, id="named"),
+        without_parameters,
+    ],
+)
+def test_running_statistics_travel_or_are_refused(settings, affine, tmp_path):
     """A batch norm learns in its buffers too; a model without them computes something else."""
-
-    def build():
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(96, 4)]
-        return nn.Sequential(*layers)
-
-    x, model, fresh = torch.randn(8, 3, 6, 6), build(), build()
+    x, model, fresh = torch.randn(8, 3, 6, 6), with_batch_norm(affine), with_batch_norm(affine)
     try:
-        attach(model, FullFineTuning())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        attach(model, FullFineTuning(**settings))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
         for _ in range(5):
             optimizer.zero_grad()
             model.train()(x).square().sum().backward()

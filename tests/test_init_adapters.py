@@ -310,16 +310,34 @@ def still(groups):
     return torch.optim.SGD(groups, lr=0.0)
 
 
-def test_a_byte_budget_starts_at_the_same_place(material, tmp_path):
+# Fp32 sums take 12,288 bytes for c_attn (32 x 96) and 6,144 for c_fc (32 x 48), in two layers.
+@pytest.mark.parametrize(("budget", "groups"), [(1, 4), (12_288, 4), (18_432, 2), (36_864, 1)])
+def test_a_byte_budget_starts_at_the_same_place_in_more_passes(budget, groups, material, tmp_path):
     base, data = material
-    found = []
-    for budget in (None, 1):
+    found, passes = [], []
+    for limit in (None, budget):
         module = ours(base, optimizer=still)
-        callback = InitAdapters(LoRAGA(), batches=3, gradient_bytes=budget)
+        callback = InitAdapters(LoRAGA(), batches=3, gradient_bytes=limit)
+        begun = count_losses(module, callback)
         fit(module, callback, tmp_path, data(), max_steps=1)
         found.append(values(module))
+        passes.append(len(begun))
+    assert passes == [3, 3 * groups]
     for name, tensor in found[0].items():
         assert (found[1][name] - tensor).abs().max() < 1e-4, name
+
+
+def count_losses(module, callback):
+    """A list that grows with every loss that is computed for the start."""
+    losses, nll = [], module.nll
+
+    def counted(batch):
+        if not callback.initialised:
+            losses.append(batch)
+        return nll(batch)
+
+    module.nll = counted
+    return losses
 
 
 def test_a_default_device_or_dtype_of_the_trainer_does_not_matter(material, tmp_path):

@@ -484,7 +484,7 @@ def test_a_choice_of_layers_that_peft_cannot_make_is_not_called_pefts(narrowed, 
     attach(model, LLaMAAdapter(top_layers=1, gate="scalar", **narrowed), seed=0)
     save_adapter(shake(model, std=0.5), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LLAMA_ADAPTER"
+    assert config["peft_type"] == "LIT_LLAMA_ADAPTER"
     assert config["target_modules"] == ["model.layers.0.self_attn"]
     fresh = llama()
     assert load_adapter(fresh, tmp_path) == ["model.layers.0.self_attn"]
@@ -539,7 +539,7 @@ def test_a_folder_of_peft_gives_the_same_logits_here(family, top_layers, tmp_pat
 
 def test_peft_refuses_the_papers_gate(tmp_path, peft):
     save_adapter(adapted(gate="per-head"), tmp_path)
-    with pytest.raises(KeyError, match="LLAMA_ADAPTER"):
+    with pytest.raises(KeyError, match="LIT_LLAMA_ADAPTER"):
         peft.PeftModel.from_pretrained(llama(), str(tmp_path))
 
 
@@ -566,5 +566,5 @@ def test_peft_adds_an_output_bias_twice_so_such_a_folder_is_not_called_pefts(tmp
     assert (logits(theirs) - bare).abs().max() > 0.02
     assert torch.equal(logits(adapted("llama-biases", "scalar", shaken=False)), bare)
     save_adapter(adapted("llama-biases", "scalar"), tmp_path)
-    with pytest.raises(KeyError, match="LLAMA_ADAPTER"):
+    with pytest.raises(KeyError, match="LIT_LLAMA_ADAPTER"):
         peft.PeftModel.from_pretrained(llama_with_biases(), str(tmp_path))

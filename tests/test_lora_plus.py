@@ -145,11 +145,14 @@ def test_a_ratio_of_one_is_one_rate_for_all(spec):
         assert rate == pytest.approx(LR, rel=1e-5), name
 
 
-@pytest.mark.parametrize("spec", [LoRA(rank=4), DoRA(rank=4), FullFineTuning()])
-def test_groups_hold_every_trainable_parameter_once_and_vectors_do_not_decay(spec):
+@pytest.mark.parametrize(
+    ("spec", "ratio"),
+    [(LoRA(rank=4), RATIO), (DoRA(rank=4), RATIO), (DoRA(rank=4), 1.0), (FullFineTuning(), 1.0)],
+)
+def test_groups_hold_every_trainable_parameter_once_and_vectors_do_not_decay(spec, ratio):
     model = llama()
     attach(model, spec)
-    groups = parameter_groups(model, lr_ratio=RATIO)
+    groups = parameter_groups(model, lr_ratio=ratio)
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}

@@ -170,13 +170,15 @@ def test_an_absurd_size_is_refused_before_memory_is_taken(kind, size, tmp_path):
     assert read_json(tmp_path / CONFIG)["peft_type"] == kind
     edit(tmp_path / CONFIG, **{field: size})
     bare = llama()
+    whole = snapshot(bare)
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with pytest.raises(ValueError, match=str(tmp_path)):
+    with pytest.raises(ValueError, match=str(tmp_path)) as caught:
         load_adapter(bare, tmp_path)
     assert time.perf_counter() - begun < 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB on Linux
     assert grown < 100_000
-    assert snapshot(bare) == snapshot(llama())
+    assert "\n" not in str(caught.value)
+    assert snapshot(bare) == whole
 
 
 @pytest.mark.parametrize("kind", SIZED)
@@ -224,7 +226,7 @@ def test_a_text_with_a_tokenizer_is_start_from_text():
 
 
 @pytest.mark.parametrize("earlier", [None, OLoRA(), Gaussian()], ids=["fresh", "pinned", "plain"])
-@pytest.mark.parametrize("start", [PiSSA(), MiLoRA(), LoRAGA()], ids=["pissa", "milora", "lora-ga"])
+@pytest.mark.parametrize("start", [PiSSA(), MiLoRA()], ids=["pissa", "milora"])
 @pytest.mark.parametrize("method", [LoRA, DoRA])
 def test_a_start_that_fails_midway_changes_no_adapter(method, start, earlier, tmp_path):
     model = llama()
@@ -234,7 +236,7 @@ def test_a_start_that_fails_midway_changes_no_adapter(method, start, earlier, tm
     before, started = snapshot(model), []
     save_adapter(model, tmp_path / "before")
     with pytest.raises(ValueError, match=r"1\.mlp\.gate_proj"):
-        initialise(model, start, batches=[batch()], seed=0, progress=started.append)
+        initialise(model, start, seed=0, progress=started.append)
     assert len(started) > 1  # some had their new start
     assert snapshot(model)["state"] == before["state"]
     pinned = {adapter.pinned for *_, adapter in adapted_layers(model)}
@@ -242,6 +244,36 @@ def test_a_start_that_fails_midway_changes_no_adapter(method, start, earlier, tm
     save_adapter(model, tmp_path / "after")
     for name in (CONFIG, EXTRA):
         assert read_json(tmp_path / "after" / name) == read_json(tmp_path / "before" / name)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_start_that_is_interrupted_changes_no_adapter(count, pinned):
+    """By Ctrl-C, in the backward pass (one batch), after it (two) or without one."""
+    model = llama()
+    attach(model, LoRA(rank=4), seed=0)
+    if pinned:
+        initialise(model, OLoRA())
+    started, before = [], snapshot(model)
+
+    def interrupt(name):
+        started.append(name)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        initialise(
+            model,
+            LoRAGA() if count else PiSSA(),
+            batches=[batch(seed=number) for number in range(count)],
+            progress=interrupt,
+        )
+    after = snapshot(model)
+    assert after["state"] == before["state"]
+    assert after["requires_grad"] == before["requires_grad"]
+    names = {adapter.start_name for *_, adapter in adapted_layers(model)}
+    assert names == {repr(OLoRA()) if pinned else None}
+    assert torch.isfinite(model.train()(**batch()).loss)
 
 
 # --- what PEFT cannot say ------------------------------------------------------------------------

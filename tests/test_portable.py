@@ -222,6 +222,12 @@ def test_a_loaded_folder_saves_again_to_the_same_tensors_and_settings(family, st
     for name in ("lora_alpha", "alpha_pattern"):  # times and over sqrt(2): the last digit may go
         assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-12)
     assert two == one
+    one, two = (
+        json.loads((tmp_path / n / "lit_adapters.json").read_text()) for n in ("one", "two")
+    )
+    assert one["initialiser"] == repr(STARTS[start])
+    assert one["origin"] is not None
+    assert two == one
 
 
 @every_start

@@ -362,7 +362,7 @@ def test_a_window_does_not_shorten_the_start():
         close(adapter.values, layer.values[0])  # values know no positions
 
 
-def test_prepare_starts_from_the_text_of_the_settings():
+def test_attach_starts_from_the_text_of_the_settings():
     asked = []
 
     def tokenizer(text, return_tensors):
@@ -371,14 +371,14 @@ def test_prepare_starts_from_the_text_of_the_settings():
 
     model, other = llama(), llama()
     spec = PrefixTuning(length=LENGTH, text="six!!!")
-    attach(model, spec, seed=0)
-    spec.prepare(model, lambda: tokenizer)
+    attach(model, spec, seed=0, tokenizer=tokenizer)
     assert asked == [("six!!!", "pt")]
     attach(other, PrefixTuning(length=LENGTH), seed=0)
     start_from_text(other, torch.tensor([[3, 4, 5, 6]]))
     assert torch.equal(logits(model), logits(other))
     before = trainable(model)
-    PrefixTuning(length=LENGTH).prepare(model, lambda: pytest.fail("no text, no tokenizer"))
+    PrefixTuning(length=LENGTH).prepare(model, tokenizer)
+    assert len(asked) == 1  # no text, nothing to read
     assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
 
 

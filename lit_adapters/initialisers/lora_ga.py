@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class LoRAGA:
         scale: float,
         *,
         generator: torch.Generator,
-        lookup: bool = False,
         gradient: Tensor | None = None,
+        **unread: Any,
     ) -> Factors:
         """Return the factors for ``weight`` from its ``gradient``; both (out, in).
 

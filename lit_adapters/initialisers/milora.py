@@ -1,6 +1,7 @@
 """MiLoRA: start at the minor singular components of the weight (arXiv 2406.09044)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,7 @@ class MiLoRA:
     reads_gradient = False
     pins_origin = True
 
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scale: float,
-        *,
-        generator: torch.Generator,
-        lookup: bool = False,
-        gradient: Tensor | None = None,
-    ) -> Factors:
+    def __call__(self, weight: Tensor, rank: int, scale: float, **unread: Any) -> Factors:
         """Return the factors for ``weight``."""
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return balanced(U[:, -rank:], S[-rank:], Vh[-rank:], scale)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Kaiming:
         *,
         generator: torch.Generator,
         lookup: bool = False,
-        gradient: Tensor | None = None,
+        **unread: Any,
     ) -> Factors:
         """Return the factors for a matrix of the shape of ``weight``."""
         out_features, in_features = weight.shape
@@ -58,7 +59,7 @@ class Gaussian:
         *,
         generator: torch.Generator,
         lookup: bool = False,
-        gradient: Tensor | None = None,
+        **unread: Any,
     ) -> Factors:
         """Return the factors for a matrix of the shape of ``weight``."""
         out_features, in_features = weight.shape

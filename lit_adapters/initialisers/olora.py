@@ -1,6 +1,7 @@
 """OLoRA: start at an orthonormal basis of the weight's columns (arXiv 2406.01775)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,7 @@ class OLoRA:
     reads_gradient = False
     pins_origin = True
 
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scale: float,
-        *,
-        generator: torch.Generator,
-        lookup: bool = False,
-        gradient: Tensor | None = None,
-    ) -> Factors:
+    def __call__(self, weight: Tensor, rank: int, scale: float, **unread: Any) -> Factors:
         """Return the factors for ``weight``."""
         Q = torch.linalg.qr(weight[:, :rank]).Q  # later columns do not change the first ones
         return Factors(Q.T @ weight, Q)

@@ -1,6 +1,7 @@
 """PiSSA: start at the principal singular components of the weight (arXiv 2404.02948)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,7 @@ class PiSSA:
     pins_origin = True
 
     def __call__(
-        self,
-        weight: Tensor,
-        rank: int,
-        scale: float,
-        *,
-        generator: torch.Generator,
-        lookup: bool = False,
-        gradient: Tensor | None = None,
+        self, weight: Tensor, rank: int, scale: float, *, generator: torch.Generator, **unread: Any
     ) -> Factors:
         """Return the factors for ``weight``."""
         U, S, Vh = leading_svd(weight, rank, self.niter, generator)
