@@ -1,13 +1,13 @@
 """Which modules a spec means: ``targets``, ``exclude`` and ``layers`` resolved on a model."""
 
 import difflib
-import re
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.adapters import Adapter, AdapterSpec
+from lit_adapters.adapters.patterns import check_pattern, matches
 
 
 def match_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -77,11 +77,8 @@ def _select(
             if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads
         ]
     if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ValueError(f"{field}={wanted!r} is not a regular expression: {error}") from error
-        names = [name for name in modules if pattern.fullmatch(name)]
+        check_pattern(wanted, field)
+        names = [name for name in modules if matches(wanted, name, field)]
         if not names:
             raise ValueError(
                 f"{field}={wanted!r} matches no module. A string is a regular expression for the "

@@ -1,6 +1,7 @@
 """Which layers are adapted, what is refused and how, and whether every adapter is heard."""
 
 import re
+import time
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -417,3 +418,32 @@ def test_a_single_vector_is_a_valid_input():
     nn.init.normal_(layer[0].adapter.lora_B)
     x = torch.randn(6)
     torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+FOREVER = "(.*)" * 9 + r"\1\2\3[^a-z]"  # the ninth power of the length of the name
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LoRA(rank=2, targets=FOREVER),
+        LoRA(rank=2, exclude=FOREVER),
+        LoRA(rank=2, rank_pattern={FOREVER: 1}),
+        LoRA(rank=2, alpha_pattern={FOREVER: 1}),
+    ],
+    ids=["targets", "exclude", "rank_pattern", "alpha_pattern"],
+)
+def test_a_pattern_that_would_run_forever_is_an_error_within_seconds(spec):
+    model = llama()
+    before, start = snapshot(model), time.monotonic()
+    with pytest.raises(ValueError, match=r"takes longer than 1 s"):
+        attach(model, spec)
+    assert time.monotonic() - start < 20
+    assert snapshot(model) == before
+
+
+def test_nested_repetitions_are_no_trouble():
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="matches no module"):
+        attach(llama(), LoRA(rank=2, targets=r"(.+)+[x-z]"))  # exponential in Python's own `re`
+    assert time.monotonic() - start < 5

@@ -1,7 +1,6 @@
 """LoRA: a trained product of two thin matrices beside a frozen one (arXiv 2106.09685)."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec
 from lit_adapters.adapters.fields import read_field
 from lit_adapters.adapters.low_rank import ORIGIN_NOTE, LoRAAdapter
+from lit_adapters.adapters.patterns import check_pattern, matches
 from lit_adapters.weights import group_count, is_adaptable, matrix_shape, peft_agrees
 
 # Starts after which PEFT subtracts the first product from the base it trains on.
@@ -64,10 +64,7 @@ class LoRA(AdapterSpec):
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(_ending(pattern))
-            except re.error as error:
-                raise ValueError(f"pattern {pattern!r} is not regular: {error}") from error
+            check_pattern(pattern, "pattern")
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether some storage in ``weights/`` knows the matrix of ``layer``."""
@@ -233,10 +230,6 @@ def _as_list(value: int | list[int] | None) -> list[int] | None:
 def _first_match(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """Return the value of the first key matching the end of ``name`` (PEFT's rule)."""
     for key, value in patterns.items():
-        if re.match(_ending(key), name):
+        if matches(rf"(.*\.)?({key})", name, "pattern"):
             return value
     return default
-
-
-def _ending(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
