@@ -64,7 +64,7 @@ class LoRA(AdapterSpec):
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            check_pattern(pattern, "pattern")
+            check_pattern(_ending(pattern), "pattern")
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether some storage in ``weights/`` knows the matrix of ``layer``."""
@@ -230,6 +230,10 @@ def _as_list(value: int | list[int] | None) -> list[int] | None:
 def _first_match(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """Return the value of the first key matching the end of ``name`` (PEFT's rule)."""
     for key, value in patterns.items():
-        if matches(rf"(.*\.)?({key})", name, "pattern"):
+        if matches(_ending(key), name, "pattern"):
             return value
     return default
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"
