@@ -21,11 +21,13 @@ COMMAND --help lists the options of each.
 """
 TRAINING = ("fit", "validate", "test", "predict")
 USING = ("generate", "merge", "export")
+SWITCHES = ("--json", "--raw")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; heavy libraries are imported only by the command that needs them."""
-    command = next(iter(sys.argv[1:] if arguments is None else arguments), "--help")
+    words = sys.argv[1:] if arguments is None else arguments
+    command = next(iter(words), "--help")
     if command in ("-h", "--help"):
         print(OVERVIEW, end="")
     elif command == "--version":
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         from lit_adapters import commands
 
         functions = {name: getattr(commands, name) for name in USING}
-        auto_cli(functions, as_positional=False, args=arguments, prog="lit_adapters")
+        auto_cli(functions, as_positional=False, args=_switched(words), prog="lit_adapters")
     elif command in TRAINING or command.startswith("-"):
         from lit_adapters.cli import AdapterCLI
 
@@ -46,6 +48,15 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         known = ", ".join((*TRAINING, *USING))
         sys.exit(f"error: unknown command {command!r}; expected one of: {known}")
+
+
+def _switched(words: list[str]) -> list[str]:
+    """Let a switch stand alone; jsonargparse wants ``true`` or ``false`` after it."""
+    after = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in SWITCHES and following not in ("true", "false") else word
+        for word, following in zip(words, after, strict=True)
+    ]
 
 
 def console() -> None:

@@ -78,9 +78,11 @@ def _all_or_none(adapted: Sequence[Adapted]) -> Iterator[None]:
     before = [
         {name: value.clone() for name, value in one.adapter.state_dict().items()} for one in adapted
     ]
+    names = [one.adapter.start_name for one in adapted]
     try:
         yield
     except BaseException:
-        for one, state in zip(adapted, before, strict=True):
+        for one, state, name in zip(adapted, before, names, strict=True):
             one.adapter.load_state_dict(state)
+            one.adapter.start_name = name
         raise

@@ -120,6 +120,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     held = list(adapted_layers(model))
     if held:
         _check_same(held, adapted, folder)
+        starts = {name: adapter.start_name for name, _, adapter in adapted}
         adapted = held
     expected = _naming(folder / CONFIG, lambda: spec.pack(model, adapted))
     copies = {
@@ -136,6 +137,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
         for _, layer, adapter in adapted:
             materialise(adapter, layer)
     spec.unpack(model, adapted, tensors)
+    for name, _, adapter in held:
+        adapter.start_name = starts[name]
     if not held:
         mount(model, {name: adapter for name, _, adapter in adapted})
     return [name for name, *_ in adapted]

@@ -151,12 +151,12 @@ def test_generate_answers_a_prompt_with_the_adapter(adapter, capsys):
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
-def test_generate_answers_every_line_of_a_file_as_json(adapter, tmp_path, capsys):
+@pytest.mark.parametrize("switch", [["--json"], ["--json", "true"], ["--json=true"]])
+def test_generate_answers_every_line_of_a_file_as_json(adapter, tmp_path, capsys, switch):
     file = tmp_path / "questions.jsonl"
     lines = [{"instruction": PROMPT, "input": INPUT}, {"instruction": PROMPT}]
     file.write_text("\n\n".join(map(json.dumps, lines)))
-    run("generate", "--adapter", adapter, "--file", file, "--max_new_tokens=4",
-        "--json=true")  # fmt: skip
+    run("generate", "--adapter", adapter, *switch, "--file", file, "--max_new_tokens=4")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["instruction"], row["input"]) for row in rows] == [(PROMPT, INPUT), (PROMPT, "")]
 

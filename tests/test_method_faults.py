@@ -45,6 +45,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Be aware that when using `ckpt_path`"),
 ]
 
+
+def kind(thing):
+    """What a case is called."""
+    return type(thing).__name__
+
+
 CONFIG, EXTRA = "adapter_config.json", "lit_adapters.json"
 
 
@@ -161,13 +167,13 @@ SIZED = {
 
 
 @pytest.mark.parametrize("size", [10**6, 10**9, 10**13, 10**30])
-@pytest.mark.parametrize("kind", SIZED)
-def test_an_absurd_size_is_refused_before_memory_is_taken(kind, size, tmp_path):
-    spec, field = SIZED[kind]
+@pytest.mark.parametrize("layout", SIZED)
+def test_an_absurd_size_is_refused_before_memory_is_taken(layout, size, tmp_path):
+    spec, field = SIZED[layout]
     model = llama()
     attach(model, spec, seed=0)
     save_adapter(model, tmp_path)
-    assert read_json(tmp_path / CONFIG)["peft_type"] == kind
+    assert read_json(tmp_path / CONFIG)["peft_type"] == layout
     edit(tmp_path / CONFIG, **{field: size})
     bare = llama()
     whole = snapshot(bare)
@@ -181,9 +187,9 @@ def test_an_absurd_size_is_refused_before_memory_is_taken(kind, size, tmp_path):
     assert snapshot(bare) == whole
 
 
-@pytest.mark.parametrize("kind", SIZED)
-def test_the_size_of_the_file_is_accepted(kind, tmp_path):
-    spec, _ = SIZED[kind]
+@pytest.mark.parametrize("layout", SIZED)
+def test_the_size_of_the_file_is_accepted(layout, tmp_path):
+    spec, _ = SIZED[layout]
     model = llama()
     attach(model, spec, seed=0)
     save_adapter(shake(model), tmp_path)
@@ -299,9 +305,9 @@ def output(model):
     return logits(model)
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_what_peft_cannot_say_is_not_exported_to_it(kind, tmp_path):
-    build, spec = OWN[kind]
+@pytest.mark.parametrize("layout", OWN)
+def test_what_peft_cannot_say_is_not_exported_to_it(layout, tmp_path):
+    build, spec = OWN[layout]
     model = build()
     attach(model, spec, seed=0)
     shake(model)
@@ -309,7 +315,7 @@ def test_what_peft_cannot_say_is_not_exported_to_it(kind, tmp_path):
     refused(lambda: export_peft(model, exported), model, "PEFT")
     assert not exported.exists()
     save_adapter(model, tmp_path / "ours")
-    assert read_json(tmp_path / "ours" / CONFIG)["peft_type"] == kind
+    assert read_json(tmp_path / "ours" / CONFIG)["peft_type"] == layout
     fresh = build()
     load_adapter(fresh, tmp_path / "ours")
     assert torch.equal(output(fresh), output(model))
@@ -323,7 +329,7 @@ def recorded(folder):
     return read_json(folder / EXTRA)["initialiser"]
 
 
-@pytest.mark.parametrize("start", [PiSSA(niter=2), OLoRA(), Gaussian()], ids=repr)
+@pytest.mark.parametrize("start", [PiSSA(niter=2), OLoRA(), Gaussian()], ids=kind)
 @pytest.mark.parametrize("held", [False, True], ids=["bare", "adapted"])
 def test_the_name_of_the_start_survives_loading(start, held, tmp_path):
     model = llama()
@@ -437,7 +443,7 @@ def with_a_child():
     return model
 
 
-@pytest.mark.parametrize("spec", [LoRA(rank=4), DoRA(rank=4), FullFineTuning()], ids=repr)
+@pytest.mark.parametrize("spec", [LoRA(rank=4), DoRA(rank=4), FullFineTuning()], ids=kind)
 def test_a_layer_with_an_adapter_of_its_own_is_refused_by_name(spec, tmp_path):
     model = with_a_child()
     name = r"model\.layers\.1\.mlp\.down_proj"
@@ -451,7 +457,7 @@ def test_a_layer_with_an_adapter_of_its_own_is_refused_by_name(spec, tmp_path):
 
 
 @pytest.mark.parametrize("method", [LoRA, DoRA])
-@pytest.mark.parametrize("start", [PiSSA(), OLoRA(), MiLoRA()], ids=repr)
+@pytest.mark.parametrize("start", [PiSSA(), OLoRA(), MiLoRA()], ids=kind)
 def test_a_start_that_reads_weights_is_refused_where_there_are_none(method, start):
     with torch.device("meta"):
         model = llama()
@@ -465,7 +471,7 @@ def test_a_start_that_reads_weights_is_refused_where_there_are_none(method, star
 
 
 @pytest.mark.parametrize(
-    "spec", [LoRA(), DoRA(), FullFineTuning(), LLaMAAdapter(), PrefixTuning()], ids=repr
+    "spec", [LoRA(), DoRA(), FullFineTuning(), LLaMAAdapter(), PrefixTuning()], ids=kind
 )
 def test_an_unknown_field_of_saved_settings_is_named(spec):
     plain = spec_to_plain(spec)

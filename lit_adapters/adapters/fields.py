@@ -26,4 +26,6 @@ def read_field(
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(k.__name__ for k in kinds)
         raise ValueError(f"adapter_config.json: {key!r} must be {expected}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise ValueError(f"adapter_config.json: {key!r} is {value}; no adapter is that large")
     return value
