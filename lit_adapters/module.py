@@ -18,6 +18,7 @@ from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
 from lit_adapters.generation import answer
+from lit_adapters.guards import PATIENCE, check_gradients, check_loss, check_moved
 from lit_adapters.losses import TokenLoss, token_loss
 from lit_adapters.optim import fuse, hold_ratios, parameter_groups, warmup_then
 from lit_adapters.optim.schedule import Decay
@@ -99,6 +100,7 @@ class AdapterFineTuneModule(LightningModule):
         self._tokenizer = tokenizer
         self._built = False
         self._adapters_checked = False
+        self._move_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
         self.evaluated = nn.ModuleDict({name: SumMetric() for name in ("nll", "tokens", "correct")})
@@ -210,6 +212,7 @@ class AdapterFineTuneModule(LightningModule):
     def on_fit_start(self) -> None:
         """Tell every logger what is trained and how large the parts are."""
         self._adapters_checked = False
+        self._move_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
         rounded = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32}
@@ -264,15 +267,22 @@ class AdapterFineTuneModule(LightningModule):
         gradients = [
             p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
         ]
+        check_gradients(gradients)
         torch._foreach_mul_(gradients, divided / tokens.clamp(min=1).item())
-        self.log("train/loss", nll / tokens.clamp(min=1), prog_bar=True)
+        loss = nll / tokens.clamp(min=1)
+        if str(self.trainer.precision) != "16-mixed":  # there, steps of overflows are left out
+            check_loss(loss, self.trainer.global_step)
+        self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
         self.log("train/tokens_per_second", rate, prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
         self.log("memory/peak_mb", peak_bytes(self.device) / 1e6)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the size of the optimizer's state once it exists."""
+        """Once: see that adapters move; log the size of the optimizer's state."""
+        if not self._move_checked and self.trainer.global_step >= PATIENCE:
+            self._move_checked = True
+            check_moved(self.model, self.trainer.optimizers[0].param_groups[0]["lr"])
         if not self._optimizer_logged and any(o.state for o in self.trainer.optimizers):
             self._optimizer_logged = True
             size = sum(optimizer_bytes(o) for o in self.trainer.optimizers)

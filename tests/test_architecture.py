@@ -27,6 +27,7 @@ FLOORS = {
     "footprint.py": 3,
     "attachment.py": 3,
     "gradients.py": 4,
+    "guards.py": 4,
     "initialisation.py": 4,
     "io.py": 4,
     "folder.py": 4,

@@ -70,6 +70,10 @@ class Adapter(nn.Module, ABC):
             "same. Keep the base and load the adapter folder on it"
         )
 
+    def unmoved(self) -> bool:
+        """Whether it computes nothing yet and a gradient step would have changed that."""
+        return False
+
     def make_room(self) -> None:
         """Have a place for the origin that a checkpoint will fill, if the method has one."""
 

@@ -119,6 +119,11 @@ class LoRAAdapter(Adapter):
         if not self.pinned:
             self.pin()
 
+    def unmoved(self) -> bool:
+        """Whether the product is zero, though the scale is not and nothing is pinned."""
+        still = not self.lora_A.any() or not self.lora_B.any()
+        return self.scale != 0 and not self.pinned and bool(still)
+
     @property
     def pinned(self) -> bool:
         """Whether an origin is subtracted."""

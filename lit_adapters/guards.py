@@ -1,0 +1,61 @@
+"""Stop a training that cannot come to anything: a loss that is no number, adapters at a stand."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.attachment import adapted_layers
+
+PATIENCE = 10  # optimizer steps after which a product that is still zero will stay so
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """Refuse to step on a loss that is NaN or infinite.
+
+    Args:
+        loss: Mean loss of the optimizer step to be made, nats per token.
+        step: Optimizer steps made so far.
+
+    Raises:
+        RuntimeError: saying what usually helps.
+    """
+    if not torch.isfinite(loss):
+        raise RuntimeError(
+            f"the training loss is {loss.item()} after {step} optimizer steps, and a step would "
+            "ruin the adapter; the last checkpoint holds the state before. Lower the learning "
+            "rate, set gradient_clip_val, or take bf16 instead of fp16"
+        )
+
+
+def check_gradients(gradients: Sequence[Tensor]) -> None:
+    """Refuse to step when no parameter of the optimizer has a gradient.
+
+    Raises:
+        RuntimeError: with the usual causes.
+    """
+    if not gradients:
+        raise RuntimeError(
+            "no parameter of the optimizer got a gradient. Was it built from other parameters than "
+            "parameter_groups(model)? Does the loss depend on the adapters (reentrant gradient "
+            "checkpointing over a frozen base wants model.enable_input_require_grads())?"
+        )
+
+
+def check_moved(model: nn.Module, rate: float) -> None:
+    """Make sure that training moves at least one adapter; call it after `PATIENCE` steps.
+
+    Args:
+        model: Holds the adapters.
+        rate: The learning rate now, for the message.
+
+    Raises:
+        RuntimeError: if every low-rank product is still exactly zero, as it was at the start.
+    """
+    adapters = [adapter for *_, adapter in adapted_layers(model)]
+    if adapters and all(adapter.unmoved() for adapter in adapters):
+        raise RuntimeError(
+            f"after {PATIENCE} optimizer steps every lora_B is still zero, so nothing is learned "
+            f"(learning rate {rate:g}). Is the rate too small for the steps to show, or are the "
+            "gradients of the adapters zero?"
+        )
