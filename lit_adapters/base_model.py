@@ -61,6 +61,15 @@ def load_base(
         )
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Switch gradient checkpointing on, in the form that works over a frozen base."""
+    enable = getattr(  # its name from transformers 5.2x on
+        model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of ``base``; raises as `load_base` does."""
     with _explained(base):

@@ -1,5 +1,6 @@
 """Stop a training that cannot come to anything: a loss that is no number, adapters at a stand."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,18 @@ from torch import Tensor, nn
 from lit_adapters.attachment import adapted_layers
 
 PATIENCE = 10  # optimizer steps after which a product that is still zero will stay so
+
+
+def warn_if_rounded(model: nn.Module) -> None:
+    """Warn when what is trained is kept in less than fp32, as in full fine-tuning in bf16-true."""
+    rounded = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
+    if rounded:
+        warnings.warn(
+            f"what is trained is kept in {', '.join(map(str, rounded))}, where most steps of a "
+            "small learning rate are lost in rounding; full fine-tuning wants precision="
+            "'bf16-mixed' or '32-true'",
+            stacklevel=3,
+        )
 
 
 def check_loss(loss: Tensor, step: int) -> None:

@@ -1,6 +1,5 @@
 """The LightningModule: one causal language model, one adapter, one loss."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -14,13 +13,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
-from lit_adapters.base_model import Dtype, load_base, load_tokenizer
+from lit_adapters.base_model import Dtype, load_base, load_tokenizer, recompute_activations
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
 from lit_adapters.generation import answer
-from lit_adapters.guards import PATIENCE, check_gradients, check_loss, check_moved
+from lit_adapters.guards import (
+    PATIENCE,
+    check_gradients,
+    check_loss,
+    check_moved,
+    warn_if_rounded,
+)
 from lit_adapters.losses import TokenLoss, token_loss
-from lit_adapters.optim import fuse, hold_ratios, parameter_groups, warmup_then
+from lit_adapters.optim import (
+    fuse,
+    hold_ratios,
+    options_of,
+    parameter_groups,
+    set_options,
+    warmup_then,
+)
 from lit_adapters.optim.schedule import Decay
 from lit_adapters.saved_settings import spec_from_plain, spec_to_plain
 from lit_adapters.throughput import TokenWindow
@@ -31,9 +43,6 @@ Batch = Mapping[str, Tensor]
 # Sums over tokens would overflow fp16 gradients. The number of tokens in a window is known only at
 # its end; a power of two near it changes no bit of the result.
 LOSS_UNIT = 1024
-
-# Settings of a parameter group that a resumed run may change; the rest is the optimizer's state.
-OPTIONS = ("initial_lr", "lr_ratio", "weight_decay", "betas", "eps", "momentum")
 
 
 class AdapterFineTuneModule(LightningModule):
@@ -152,13 +161,7 @@ class AdapterFineTuneModule(LightningModule):
             tokenizer = self.tokenizer if self.adapter.reads_text else None
             attach(self.model, self.adapter, tokenizer=tokenizer)
         if self.gradient_checkpointing:
-            enable = getattr(  # its name from transformers 5.2x on
-                self.model,
-                "activation_checkpointing_enable",
-                self.model.gradient_checkpointing_enable,
-            )
-            enable({"use_reentrant": False})
-            self.model.enable_input_require_grads()
+            recompute_activations(self.model)
         for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
             if isinstance(callback, InitAdapters):
                 callback.initialise(self, self.model)
@@ -215,14 +218,7 @@ class AdapterFineTuneModule(LightningModule):
         self._move_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
-        rounded = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32}
-        if rounded:
-            warnings.warn(
-                f"what is trained is kept in {', '.join(map(str, rounded))}, where most steps of a "
-                "small learning rate are lost in rounding; full fine-tuning wants precision="
-                "'bf16-mixed' or '32-true'",
-                stacklevel=2,
-            )
+        warn_if_rounded(self.model)
         sizes = footprint(self.model)
         self._log_once(
             {
@@ -297,16 +293,10 @@ class AdapterFineTuneModule(LightningModule):
             fuse(optimizer)
         if isinstance(self.lr_scheduler, str):
             total = self.trainer.estimated_stepping_batches
-            if total == float("inf") and (self.lr_scheduler != "constant" or 0 < self.warmup < 1):
-                raise ValueError(
-                    f"lr_scheduler={self.lr_scheduler!r} with warmup={self.warmup} needs to know "
-                    "the last step, and this run has none; set max_steps or max_epochs, or take "
-                    "lr_scheduler='constant' with warmup in steps"
-                )
             schedule: Any = warmup_then(self.lr_scheduler, optimizer, total, self.warmup)
         else:
             schedule = self.lr_scheduler(optimizer)
-        self._chosen = [{k: g.get(k) for k in OPTIONS} for g in optimizer.param_groups]
+        self._chosen = options_of(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -315,16 +305,9 @@ class AdapterFineTuneModule(LightningModule):
     def on_train_start(self) -> None:
         """Let this run's optimizer settings win over those that a checkpoint restored."""
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        for group, chosen in zip(optimizer.param_groups, self._chosen, strict=True):
-            before = group.get("initial_lr")
-            group.update({k: v for k, v in chosen.items() if v is not None})
-            if before and group["initial_lr"] != before:
-                group["lr"] *= group["initial_lr"] / before
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        set_options(optimizer, self._chosen, schedulers)
         self._resume_loaders()
-        for config in self.trainer.lr_scheduler_configs:
-            rates = [group["initial_lr"] for group in optimizer.param_groups]
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = rates
 
     def _resume_loaders(self) -> None:
         """Let loaders that keep their position go on there.

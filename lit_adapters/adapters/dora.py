@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lit_adapters.adapters.base import Adapter, AdapterSpec
 from lit_adapters.adapters.lora import LoRA
 from lit_adapters.adapters.low_rank import LoRAAdapter
-from lit_adapters.initialisers import Initialiser
+from lit_adapters.initialisers import Factors, Initialiser
 from lit_adapters.weights import add_low_rank, per_output, weight_blocks
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's key
@@ -80,7 +80,7 @@ class DoRAAdapter(LoRAAdapter):
         """Take the start of an initialiser; the magnitude starts at the length of the rows."""
         super().start(layer, initialiser, generator, gradient)
         with torch.no_grad():
-            self.magnitude.copy_(self.norms(layer))
+            self.magnitude.copy_(self.norms(layer, self.factors()))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -92,13 +92,13 @@ class DoRAAdapter(LoRAAdapter):
         super()._apply(fn, recurse)
         return self
 
-    def norms(self, layer: nn.Module) -> Tensor:
+    def norms(self, layer: nn.Module, factors: Factors) -> Tensor:
         """Return ``||W + scale * B A||`` of every row (out,), fp32, without that matrix.
 
         ``||W||^2 + 2 scale <W, B A> + scale^2 ||B A||^2``, where ``<W, B A>`` needs only ``W A^T``
         (out, r) and ``||B A||^2`` only ``A A^T`` (r, r).
         """
-        A, B = (factor.detach() for factor in self.factors())
+        A, B = (factor.detach() for factor in factors)
         if self.weight_norms is None:
             squares = torch.cat([block.square().sum(1) for block in weight_blocks(layer)])
             self.weight_norms = squares
@@ -126,10 +126,11 @@ class DoRAAdapter(LoRAAdapter):
         then the base's to the bit.
         """
         x = args[0] if args else next(iter(kwargs.values()))
-        ratio = per_output(layer, self.magnitude / self.norms(layer))
+        factors = self.factors()
+        ratio = per_output(layer, self.magnitude / self.norms(layer, factors))
         if self.drops(x):
             return self._with_dropout(layer, x, output, ratio)
-        adapted = super().forward(layer, args, kwargs, output.to(ratio.dtype)) * ratio
+        adapted = add_low_rank(layer, output.to(ratio.dtype), x, *factors, self.scale) * ratio
         bias = getattr(layer, "bias", None)
         if bias is not None:
             adapted = adapted + (1 - ratio) * per_output(layer, bias)
@@ -168,4 +169,4 @@ class DoRAAdapter(LoRAAdapter):
         """Take over factors and magnitude."""
         super().load(layer, tensors)
         self.magnitude.copy_(tensors[MAGNITUDE].flatten())
-        self.norms(layer)  # now, and not within a compiled graph
+        self.norms(layer, self.factors())  # now, and not within a compiled graph

@@ -17,7 +17,16 @@ def warmup_then(decay: Decay, optimizer: Optimizer, total: float, warmup: float)
         optimizer: Every group's own learning rate is multiplied, so ratios between groups stay.
         total: Optimizer steps in the whole run; infinity is fine for a constant rate.
         warmup: Optimizer steps of warm-up if 1 or more, else their share of ``total``.
+
+    Raises:
+        ValueError: if the shape depends on ``total`` and that is infinite.
     """
+    if total == float("inf") and (decay != "constant" or 0 < warmup < 1):
+        raise ValueError(
+            f"lr_scheduler={decay!r} with warmup={warmup} needs to know the last step, and this "
+            "run has none; set max_steps or max_epochs, or take lr_scheduler='constant' with "
+            "warmup in steps"
+        )
     warm = warmup if warmup >= 1 or warmup == 0 else warmup * total
 
     def factor(step: int) -> float:

@@ -1,0 +1,30 @@
+"""Settings of an optimizer that a resumed run may change; the rest is state of the earlier run."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+OPTIONS = ("initial_lr", "lr_ratio", "weight_decay", "betas", "eps", "momentum")
+
+
+def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group; take them before a checkpoint is loaded."""
+    return [{key: group.get(key) for key in OPTIONS} for group in optimizer.param_groups]
+
+
+def set_options(
+    optimizer: Optimizer, chosen: Sequence[dict[str, Any]], schedulers: Iterable[Any]
+) -> None:
+    """Let ``chosen``, from `options_of`, win over what a checkpoint restored.
+
+    The position in the schedule stays: the present rate is scaled as the initial one is.
+    """
+    for group, options in zip(optimizer.param_groups, chosen, strict=True):
+        before = group.get("initial_lr")
+        group.update({key: value for key, value in options.items() if value is not None})
+        if before and group["initial_lr"] != before:
+            group["lr"] *= group["initial_lr"] / before
+    for scheduler in schedulers:
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
