@@ -36,7 +36,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
 
     Every file is written beside its place under a temporary name first, so a full disk leaves the
     previous files whole; a kill between the renames never leaves old weights with new settings.
-    Weights are fp32 safetensors.
+    Weights are fp32 safetensors; those of full fine-tuning keep their own dtype.
 
     Raises:
         ValueError: if the model holds no adapters.
