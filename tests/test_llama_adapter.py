@@ -1,9 +1,7 @@
 """LLaMA-Adapter: the paper's equation, its start, and what PEFT makes of the files."""
 
-import copy
 import json
 import math
-import pickle
 import warnings
 from contextlib import contextmanager
 
@@ -338,17 +336,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(gate, reentrant):
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-7)
 
 
-def test_it_survives_pickle_a_state_dict_and_a_cast():
-    model = adapted()
-    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
-    other = adapted(shaken=False)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other), logits(model))
-    masters = trainable(model)
-    model.bfloat16()
-    assert all(torch.equal(p, masters[name]) for name, p in trainable(model).items())
-
-
 def test_compiled_without_graph_breaks():
     model = adapted()
     inputs = {key: batch()[key] for key in ("input_ids", "attention_mask")}
@@ -362,16 +349,6 @@ def test_every_adapter_fires_and_only_the_top_layers_have_one():
     model = adapted(top_layers=1)
     check_adapters_fire(model, batch())
     assert [name for name, *_ in adapted_layers(model)] == ["model.layers.1.self_attn"]
-
-
-def test_a_deep_copy_has_prompts_of_its_own():
-    model = adapted()
-    before = logits(model)
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin), before)
-    shake(twin, seed=5)
-    assert torch.equal(logits(model), before)
-    assert not torch.equal(logits(twin), before)
 
 
 def test_detach_gives_back_the_stock_model():

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -419,27 +418,6 @@ def test_merge_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="PrefixTuning cannot be merged: no weight of the base"):
         merge(model)
     assert snapshot(model) == before
-
-
-def test_a_deep_copy_has_a_prefix_of_its_own():
-    model = adapted()
-    before = logits(model)
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin), before)
-    shake(twin, seed=5, std=1.0)
-    assert torch.equal(logits(model), before)
-    assert not torch.equal(logits(twin), before)
-
-
-def test_it_survives_pickle_a_state_dict_and_a_cast():
-    model = adapted()
-    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
-    other = adapted(shaken=False)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other), logits(model))
-    masters = trainable(model)
-    model.bfloat16()
-    assert all(torch.equal(p, masters[name]) for name, p in trainable(model).items())
 
 
 def test_compiled_without_graph_breaks():
