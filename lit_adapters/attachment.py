@@ -1,13 +1,14 @@
 """Put adapters on a model, take them off, merge them in; one forward hook does the work."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lit_adapters.adapters import Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec
 from lit_adapters.initialisers import named_generator
 from lit_adapters.targets import match_targets
 
@@ -44,22 +45,63 @@ def attach(
             f"the model already holds adapters (on {held[0]!r} and {len(held) - 1} more); "
             "call `merge` or `detach` first"
         )
-    names = match_targets(model, spec)
-    layers = {name: model.get_submodule(name) for name in names}
-    adapters = {name: spec.build(layer, name) for name, layer in layers.items()}
-    check_layers(model, adapters)
-    for name, layer in layers.items():
-        materialise(adapters[name], layer).reset(layer, named_generator(name, seed))
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    mount(model, adapters)
+    with built(model, spec, tokenizer=tokenizer) as adapted:
+        for name, layer, adapter in adapted:
+            materialise(adapter, layer).reset(layer, named_generator(name, seed))
+        mount(model, adapted)
+        try:
+            spec.prepare(model, tokenizer)
+        except BaseException:
+            detach(model)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+    return [name for name, _, adapter in adapted if adapter.slot == METHOD]
+
+
+@contextmanager
+def built(
+    model: nn.Module,
+    spec: AdapterSpec,
+    stated: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> Iterator[list[Adapted]]:
+    """Build the adapters that ``spec`` asks for, on the meta device, for a ``with`` block.
+
+    If the block fails, layers have the shapes they had before.
+
+    Args:
+        model: May hold adapters already.
+        spec: The method and its settings.
+        stated: The fields of a file's two JSON files; None when attaching.
+        tokenizer: Gives new tokens their ids.
+
+    Yields:
+        The method's adapters in model order, then what is trained beside them.
+
+    Raises:
+        ValueError: as `attach`.
+    """
+    names = match_targets(model, spec)
+    beside = spec.companions(model, names, stated or {}, tokenizer)
+    found: list[list[Adapted]] = []
     try:
-        spec.prepare(model, tokenizer)
+        # Backwards: new rows change shapes that the others must fit.
+        for part in (*reversed(beside), spec):
+            meant = names if part is spec else match_targets(model, part)
+            layers = {name: model.get_submodule(name) for name in meant}
+            adapters = part.build_all(layers, stated or {})
+            found.insert(0, [Adapted(name, layers[name], adapters[name]) for name in meant])
+            for _, layer, adapter in found[0]:
+                adapter.claim(layer, model)
+        adapted = [one for group in found for one in group]
+        check_layers(model, adapted)
+        yield adapted
     except BaseException:
-        detach(model)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for _, layer, adapter in chain(*found):
+            adapter.release(layer, model)
         raise
-    return names
 
 
 def materialise(adapter: Adapter, layer: nn.Module) -> Adapter:
@@ -67,33 +109,43 @@ def materialise(adapter: Adapter, layer: nn.Module) -> Adapter:
     return adapter.to_empty(device=next(layer.parameters()).device)
 
 
-def mount(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Freeze ``model`` and put finished adapters on the layers they are named after."""
+def mount(model: nn.Module, adapted: Iterable[Adapted]) -> None:
+    """Freeze ``model`` and put finished adapters on their layers."""
     model.requires_grad_(False)
-    for name, adapter in adapters.items():
-        layer = model.get_submodule(name)
-        layer.add_module("adapter", adapter.train(layer.training))
-        layer.register_forward_hook(apply_adapter, with_kwargs=True)
+    for _, layer, adapter in adapted:
+        adapter.claim(layer, model)
+        if not any(adapters_of(layer)):
+            layer.register_forward_hook(apply_adapters, with_kwargs=True)
         if adapter.changes_inputs:
             layer.register_forward_pre_hook(change_inputs, with_kwargs=True)
+        layer.add_module(adapter.slot, adapter.train(layer.training))
         for parameter in adapter.trained(layer):
             parameter.requires_grad_(True)
 
 
-def apply_adapter(
+def adapters_of(layer: nn.Module) -> Iterator[Adapter]:
+    """Yield the adapters that ``layer`` itself holds, in the order in which they act."""
+    return (child for child in layer._modules.values() if isinstance(child, Adapter))
+
+
+def apply_adapters(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """The forward hook of every adapted layer (at module level, so that models pickle)."""
-    adapter = cast(Adapter, layer.adapter)
-    return adapter(layer, args, kwargs, output) if adapter.active else output
+    for adapter in adapters_of(layer):
+        if adapter.active:
+            output = adapter(layer, args, kwargs, output)
+    return output
 
 
 def change_inputs(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The forward pre-hook of layers whose adapter `changes_inputs`."""
-    adapter = cast(Adapter, layer.adapter)
-    return adapter.inputs(layer, args, kwargs) if adapter.active else (args, kwargs)
+    """The forward pre-hook of layers with an adapter that `changes_inputs`."""
+    for adapter in adapters_of(layer):
+        if adapter.active and adapter.changes_inputs:
+            args, kwargs = adapter.inputs(layer, args, kwargs)
+    return args, kwargs
 
 
 @contextmanager
@@ -109,12 +161,12 @@ def bypassed(model: nn.Module) -> Iterator[None]:
             adapter.active = True
 
 
-def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
-    """Yield every layer of ``model`` that holds an adapter, in model order."""
+def adapted_layers(model: nn.Module, slot: str | None = None) -> Iterator[Adapted]:
+    """Yield every adapter of ``model`` and its layer, in model order, or only those of a slot."""
     for name, layer in model.named_modules():
-        adapter = layer._modules.get("adapter")
-        if isinstance(adapter, Adapter):
-            yield Adapted(name, layer, adapter)
+        for adapter in adapters_of(layer):
+            if slot in (None, adapter.slot):
+                yield Adapted(name, layer, adapter)
 
 
 def detach(model: Model) -> Model:
@@ -122,7 +174,8 @@ def detach(model: Model) -> Model:
 
     It is as it was, except what `FullFineTuning` has trained.
     """
-    for _, layer, _ in list(adapted_layers(model)):
+    for _, layer, adapter in list(adapted_layers(model)):
+        adapter.release(layer, model)
         _remove(layer)
     return model
 
@@ -145,7 +198,8 @@ def merge(model: Model) -> Model:
     with torch.no_grad():
         for _, layer, adapter in adapted:
             adapter.merge_into(layer)
-            _remove(layer)
+    for _, layer, _ in adapted:
+        _remove(layer)
     return model
 
 
@@ -186,17 +240,19 @@ def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def _remove(layer: nn.Module) -> None:
+    """Take all adapters of ``layer`` and their hooks away."""
     for key, hook in list(layer._forward_hooks.items()):
-        if hook is apply_adapter:
+        if hook is apply_adapters:
             del layer._forward_hooks[key]
             layer._forward_hooks_with_kwargs.pop(key, None)
     for key, hook in list(layer._forward_pre_hooks.items()):
         if hook is change_inputs:
             del layer._forward_pre_hooks[key]
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
-    for parameter in cast(Adapter, layer.adapter).trained(layer):
-        parameter.requires_grad_(False)
-    del layer.adapter
+    for adapter in list(adapters_of(layer)):
+        for parameter in adapter.trained(layer):
+            parameter.requires_grad_(False)
+        delattr(layer, adapter.slot)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -209,23 +265,24 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def check_layers(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Check that ``adapters`` can be put on the layers they are named after.
+def check_layers(model: nn.Module, adapted: Iterable[Adapted]) -> None:
+    """Check that adapters can be put on their layers.
 
     Raises:
-        ValueError: if a layer has another child called ``adapter``, or a weight to be trained is
+        ValueError: if a layer has another child of the slot's name, or a weight to be trained is
             tied to a module left out, which would change as well.
     """
     owners = _owners(model)
-    for name, adapter in adapters.items():
-        child = model.get_submodule(name)._modules.get("adapter")
+    names = {name for name, *_ in adapted}
+    for name, layer, adapter in adapted:
+        child = layer._modules.get(adapter.slot)
         if child is not None and not isinstance(child, Adapter):
             raise ValueError(
-                f"{name!r} has a child called 'adapter' of its own ({type(child).__name__}); leave "
-                "the layer out with `exclude`"
+                f"{name!r} has a child called {adapter.slot!r} of its own "
+                f"({type(child).__name__}); leave the layer out with `exclude`"
             )
-        for parameter in adapter.trained(model.get_submodule(name)):
-            others = [n for n in owners[id(parameter)] if n not in adapters]
+        for parameter in adapter.trained(layer):
+            others = [n for n in owners[id(parameter)] if n not in names]
             if others:
                 raise ValueError(
                     f"a weight of {name!r} is tied to {others[0]!r}, which is not to be trained; "
@@ -237,11 +294,14 @@ def _refuse_tied(model: nn.Module, adapted: list[Adapted]) -> None:
     """Merging into a tied weight would change the module at its other end as well."""
     owners = _owners(model)
     trained = {id(p) for _, layer, adapter in adapted for p in adapter.trained(layer)}
+    sources: dict[str, set[int]] = {}  # whose parameters act on a layer
+    for name, _, adapter in adapted:
+        sources.setdefault(name, set()).add(id(adapter.source or adapter))
     for name, layer, _ in adapted:
         weight = getattr(layer, "weight", None)
         if weight is None or id(weight) in trained:  # nothing is written
             continue
-        shared = [n for n in owners[id(weight)] if n != name]
+        shared = [n for n in owners[id(weight)] if sources.get(n) != sources[name]]
         if shared:
             raise ValueError(
                 f"the weight of {name!r} is tied to {', '.join(map(repr, shared))}; merging would "

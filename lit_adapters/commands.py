@@ -134,11 +134,11 @@ def _load(
     base: str, adapter: str | None, dtype: Precision, tokenizer: str | None, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = load_base(base, getattr(torch, dtype), revision)
+    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(base, revision)
     if adapter is not None:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, tokenizer=words)
     if torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
-    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(base, revision)
     return model.eval(), words
 
 

@@ -1,36 +1,44 @@
 """Recognise a base model again: a name to show, and a short digest of its weights."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lit_adapters.adapters import Adapter
+from lit_adapters.adapters import Adapted, Adapter
+from lit_adapters.attachment import adapted_layers
 
 SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billions of weights
 
 
-def fingerprint(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> str:
+def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> str:
     """Digest of the model's own weights, the same with or without adapters.
 
     Covers name, shape and 16 evenly spaced values of every floating-point parameter. Returns two
     digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
     is recognised in whichever precision it was loaded; compare with `same_base`. Of the base's own
-    parameters that are ``trained``, only name and shape are covered.
+    parameters that are trained, only name and shape are covered; rows added for new tokens are not.
+
+    Args:
+        model: With or without adapters.
+        adapted: Adapters built for the model that are not on it yet; None takes those it holds.
     """
-    moving = {id(parameter) for parameter in trained}
+    held = list(adapted_layers(model)) if adapted is None else adapted
+    moving = {id(p) for _, layer, adapter in held for p in adapter.trained(layer)}
+    sizes = {id(p): a.grown_from for _, layer, a in held for p in layer.parameters(recurse=False)}
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapters or not parameter.is_floating_point():
             continue
-        values = parameter.detach().flatten()
+        own = parameter.detach()[: sizes.get(id(parameter))]
+        values = own.flatten()
         count = 0 if id(parameter) in moving else SAMPLES
         sample = values[spaced(len(values), count)].cpu()
         for dtype, digest in digests.items():
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(f"{name}{tuple(own.shape)}".encode())
             digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
     return "-".join(digest.hexdigest()[:16] for digest in digests.values())
 

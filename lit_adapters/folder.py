@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Size, Tensor
+from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -61,9 +61,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path, shapes: Mapping[str, Size], optional: Mapping[str, Size] | None = None
+    folder: Path, expected: Mapping[str, Tensor], optional: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return exactly the tensors named in ``shapes``, and those of ``optional`` that are there.
+    """Return exactly the tensors named in ``expected``, and those of ``optional`` that are there.
 
     The header, both keys and shapes, is compared before any tensor is read.
 
@@ -75,18 +75,18 @@ def read_tensors(
     try:
         with safe_open(file, framework="pt") as reader:
             found = set(reader.keys())
-            expected = {**(optional or {}), **shapes}
-            _check_keys(file, found - (expected.keys() - shapes.keys()), set(shapes))
+            known = {**optional, **expected}
+            _check_keys(file, found - (known.keys() - expected.keys()), set(expected))
             for key in found:
                 entry = reader.get_slice(key)
-                _check_entry(file, key, entry.get_dtype(), entry.get_shape(), expected[key])
+                _check_entry(file, key, entry.get_dtype(), entry.get_shape(), known[key])
             tensors = {key: reader.get_tensor(key) for key in found}
     except SafetensorError as error:
         raise ValueError(
             f"{file} is not a readable safetensors file ({error}); it may be truncated. "
             "Save or download the adapter again"
         ) from error
-    for key in shapes:
+    for key in expected:
         if not tensors[key].isfinite().all():
             raise ValueError(
                 f"{file}: {key!r} holds NaN or infinite values; its training diverged. "
@@ -139,11 +139,12 @@ def _check_keys(file: Path, found: set[str], expected: set[str]) -> None:
         )
 
 
-def _check_entry(file: Path, key: str, dtype: str, shape: list[int], expected: Size) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"{file}: {key!r} has dtype {dtype}, expected one of {sorted(DTYPES)}")
-    if tuple(shape) != tuple(expected):
+def _check_entry(file: Path, key: str, dtype: str, shape: list[int], expected: Tensor) -> None:
+    allowed = DTYPES if expected.is_floating_point() else {"I64"}  # a counter of BatchNorm
+    if dtype not in allowed:
+        raise ValueError(f"{file}: {key!r} has dtype {dtype}, expected one of {sorted(allowed)}")
+    if tuple(shape) != tuple(expected.shape):
         raise ValueError(
             f"{file}: {key!r} has shape {list(shape)}, but this model and {CONFIG} need "
-            f"{list(expected)}"
+            f"{list(expected.shape)}"
         )

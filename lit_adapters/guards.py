@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_adapters.adapters import METHOD
 from lit_adapters.attachment import adapted_layers
 
 PATIENCE = 10  # optimizer steps after which a product that is still zero will stay so
@@ -65,7 +66,7 @@ def check_moved(model: nn.Module, rate: float) -> None:
     Raises:
         RuntimeError: if every low-rank product is still exactly zero, as it was at the start.
     """
-    adapters = [adapter for *_, adapter in adapted_layers(model)]
+    adapters = [adapter for *_, adapter in adapted_layers(model, METHOD)]
     if adapters and all(adapter.unmoved() for adapter in adapters):
         raise RuntimeError(
             f"after {PATIENCE} optimizer steps every lora_B is still zero, so nothing is learned "

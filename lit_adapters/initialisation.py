@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_adapters.adapters import Adapted, Adapter
+from lit_adapters.adapters import METHOD, Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.gradients import Loss, each_gradient, mean_loss
 from lit_adapters.initialisers import Initialiser, named_generator
@@ -42,7 +42,7 @@ def initialise(
             cannot be started like that.
         TypeError: if an adapter has no low-rank factors, or a weight needed has no gradient.
     """
-    adapted = list(adapted_layers(model))
+    adapted = list(adapted_layers(model, METHOD))  # what is trained beside has its own start
     if not adapted:
         raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
 

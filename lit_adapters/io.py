@@ -1,18 +1,20 @@
 """Save and load adapters: PEFT's layout, safetensors only, strict, all or nothing."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_adapters.adapters import PREFIX, Adapted, AdapterSpec
-from lit_adapters.attachment import adapted_layers, check_layers, materialise, mount
+from lit_adapters.adapters import METHOD, PREFIX, Adapted, AdapterSpec
+from lit_adapters.attachment import adapted_layers, built, materialise, mount
 from lit_adapters.fingerprint import base_name, fingerprint, same_base
 from lit_adapters.folder import (
     CARD,
@@ -25,10 +27,8 @@ from lit_adapters.folder import (
 )
 from lit_adapters.model_card import adapter_card
 from lit_adapters.peft_config import spec_from_peft
-from lit_adapters.targets import match_targets, shortest_targets
+from lit_adapters.targets import shortest_targets
 from lit_adapters.version import __version__
-
-Parsed = TypeVar("Parsed")
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
@@ -43,14 +43,13 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """
     config = peft_config(model)
     adapted = list(adapted_layers(model))
-    adapter = adapted[0].adapter
-    spec = adapter.spec.filed([adapter for *_, adapter in adapted])
+    spec = _filed(adapted)
     extra = {
         "format": 1,
         "method": spec.name,
-        **adapter.notes(),
+        **dict(item for one in adapted for item in one.adapter.notes().items()),
         "base": base_name(model)[1],
-        "base_fingerprint": fingerprint(model, _trained(adapted)),
+        "base_fingerprint": fingerprint(model),
         "versions": {
             "lit_adapters": __version__,
             "torch": torch.__version__,
@@ -79,10 +78,10 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     adapted = list(adapted_layers(model))
     if not adapted:
         raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
-    adapters = [adapter for *_, adapter in adapted]
-    spec = adapters[0].spec.filed(adapters)
+    spec = _filed(adapted)
+    names = [name for name, *_ in adapted_layers(model, METHOD)]
     config = {
-        **spec.to_peft(shortest_targets(model, [name for name, *_ in adapted]), adapters),
+        **spec.to_peft(shortest_targets(model, names), adapted),
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
         "base_model_name_or_path": base_name(model)[0],
         "inference_mode": True,
@@ -92,7 +91,15 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> list[str]:
+def _filed(adapted: Sequence[Adapted]) -> AdapterSpec:
+    """The settings that a file of these adapters states."""
+    adapters = [one.adapter for one in adapted if one.adapter.slot == METHOD]
+    return cast(AdapterSpec, adapters[0].spec).filed(adapters)
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, *, check_base: bool = True, tokenizer: Any = None
+) -> list[str]:
     """Load an adapter folder, ours or PEFT's, onto ``model``; it succeeds or changes nothing.
 
     A bare model gets adapters as the folder's ``adapter_config.json`` says; a model that holds
@@ -102,6 +109,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
         model: The base that the adapter was trained on.
         path: The folder.
         check_base: Refuse a base whose weights differ from the one trained on (where recorded).
+        tokenizer: Learns the new tokens of the folder, and decides which rows are theirs; without
+            it the rows are those that they had in training.
 
     Returns:
         The names of the adapted modules.
@@ -111,57 +120,68 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
         ValueError: if anything in it is not as expected; the message names the file and the key.
     """
     folder = Path(path)
-    config = read_json(folder, CONFIG)
-    spec = _naming(folder / CONFIG, lambda: spec_from_peft(config))
-    notes = _notes(folder)
-    adapted = _naming(folder / CONFIG, lambda: _build(model, spec, {**notes, **config}))
-    if check_base:
-        _check_base(model, adapted, folder, notes)
-    held = list(adapted_layers(model))
-    if held:
-        _check_same(held, adapted, folder)
-        starts = {name: adapter.start_name for name, _, adapter in adapted}
-        adapted = held
-    expected = _naming(folder / CONFIG, lambda: spec.pack(model, adapted))
+    config, notes = read_json(folder, CONFIG), _notes(folder)
+    with ExitStack() as stack:
+        with _naming(folder / CONFIG):
+            spec = spec_from_peft(config)
+            fresh = stack.enter_context(built(model, spec, {**notes, **config}, tokenizer))
+        held = list(adapted_layers(model))
+        adapted = held or fresh
+        if check_base:
+            _check_base(model, adapted, folder, notes)
+        if held:
+            _check_same(held, fresh, folder)
+        tensors = _read(model, spec, adapted, folder)
+        for one in fresh if not held else ():
+            materialise(one.adapter, one.layer)
+        spec.unpack(model, adapted, tensors)
+        if held:
+            starts = {(one.name, one.adapter.slot): one.adapter.start_name for one in fresh}
+            for name, _, adapter in held:
+                adapter.start_name = starts[name, adapter.slot]
+        else:
+            mount(model, fresh)
+    return [one.name for one in fresh if one.adapter.slot == METHOD]
+
+
+def _read(
+    model: nn.Module, spec: AdapterSpec, adapted: list[Adapted], folder: Path
+) -> dict[str, Tensor]:
+    """Return the tensors of the file, all checked; PEFT's copies of frozen weights among them."""
+    with _naming(folder / CONFIG):
+        expected = spec.pack(model, adapted)
     copies = {
         f"{PREFIX}{name}.base_layer.weight": layer.get_parameter("weight")
         for name, layer, adapter in adapted
-        if hasattr(layer, "weight") and not adapter.trained(layer)
+        if hasattr(layer, "weight") and adapter.slot == METHOD and not adapter.trained(layer)
     }
-    shapes = {key: tensor.shape for key, tensor in expected.items()}
-    optional = {key: weight.shape for key, weight in copies.items()}
-    tensors = read_tensors(folder, shapes, optional)
-    for key in copies.keys() & tensors.keys():
-        _check_copy(folder / WEIGHTS, key, tensors[key], copies[key].detach())
-    if not held:
-        for _, layer, adapter in adapted:
-            materialise(adapter, layer)
-    spec.unpack(model, adapted, tensors)
-    for name, _, adapter in held:
-        adapter.start_name = starts[name]
-    if not held:
-        mount(model, {name: adapter for name, _, adapter in adapted})
-    return [name for name, *_ in adapted]
+    copies |= {
+        f"{PREFIX}{name}.weight": module.get_parameter("weight")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or id(module) in _heads(model)
+    }
+    optional = {key: copy for key, copy in copies.items() if key not in expected}
+    tensors = read_tensors(folder, expected, optional)
+    for key in optional.keys() & tensors.keys():
+        _check_copy(folder / WEIGHTS, key, tensors[key], optional[key].detach())
+    return tensors
 
 
-def _build(model: nn.Module, spec: AdapterSpec, stated: Mapping[str, Any]) -> list[Adapted]:
-    names = match_targets(model, spec)
-    layers = [(name, model.get_submodule(name)) for name in names]
-    built = [Adapted(name, layer, spec.rebuild(layer, name, stated)) for name, layer in layers]
-    check_layers(model, {name: adapter for name, _, adapter in built})
-    return built
+def _heads(model: nn.Module) -> set[int]:
+    roots = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return {id(root.get_output_embeddings()) for root in roots}
 
 
 def _check_same(held: list[Adapted], stored: list[Adapted], folder: Path) -> None:
-    ours = {name: adapter for name, _, adapter in held}
-    theirs = {name: adapter for name, _, adapter in stored}
+    ours = {(name, adapter.slot): adapter for name, _, adapter in held}
+    theirs = {(name, adapter.slot): adapter for name, _, adapter in stored}
     differing = sorted(ours.keys() ^ theirs.keys()) or [
-        name for name in ours if not ours[name].computes_like(theirs[name])
+        key for key in ours if not ours[key].computes_like(theirs[key])
     ]
     if differing:
         raise ValueError(
             f"{folder}: its adapters are not those on the model (first difference: "
-            f"{differing[0]!r}); call `detach(model)` first to load it on the bare base"
+            f"{differing[0][0]!r}); call `detach(model)` first to load it on the bare base"
         )
 
 
@@ -180,17 +200,11 @@ def _notes(folder: Path) -> dict[str, Any]:
     return read_json(folder, EXTRA) if extra.exists() or extra.is_symlink() else {}
 
 
-def _trained(adapted: list[Adapted]) -> list[nn.Parameter]:
-    """The base's own parameters that training changes."""
-    return [p for _, layer, adapter in adapted for p in adapter.trained(layer)]
-
-
 def _check_base(
     model: nn.Module, adapted: list[Adapted], folder: Path, notes: Mapping[str, Any]
 ) -> None:
-    trained = _trained(adapted)
-    expected, actual = notes.get("base_fingerprint"), fingerprint(model, trained)
-    if trained and expected is None:
+    expected, actual = notes.get("base_fingerprint"), fingerprint(model, adapted)
+    if any(one.adapter.trained(one.layer) for one in adapted) and expected is None:
         raise ValueError(
             f"{folder} holds weights of the base itself and no fingerprint of the model that they "
             "belong to; pass check_base=False if you mean to write them into this one"
@@ -203,9 +217,10 @@ def _check_base(
         )
 
 
-def _naming(file: Path, parse: Callable[[], Parsed]) -> Parsed:
-    """Run ``parse`` and name ``file`` in its errors."""
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name ``file`` in errors."""
     try:
-        return parse()
+        yield
     except (ValueError, RuntimeError) as error:  # torch refuses sizes with a RuntimeError
         raise ValueError(f"{file}: {error}") from error

@@ -137,7 +137,7 @@ class AdapterFineTuneModule(LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first asked for."""
+        """The tokenizer, loaded when first asked for; it knows the adapter's new tokens."""
         if self._tokenizer is None and self.base is None:
             raise ValueError(
                 "the base was passed in as a model, so its tokenizer is unknown; pass "
@@ -147,6 +147,7 @@ class AdapterFineTuneModule(LightningModule):
             own = self._tokenizer is None
             name = cast(str, self.base if own else self._tokenizer)
             self._tokenizer = load_tokenizer(name, self.revision if own else None)
+        self.adapter.teach(self._tokenizer)
         return self._tokenizer
 
     def configure_model(self) -> None:

@@ -6,18 +6,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_adapters.adapters import Adapter, AdapterSpec
+from lit_adapters.adapters import Part, own_modules
 from lit_adapters.adapters.patterns import check_pattern, matches
 
 
-def match_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
+def match_targets(model: nn.Module, spec: Part) -> list[str]:
     """Return the dotted names of the modules that ``spec`` adapts, in model order.
 
     Raises:
         ValueError: if nothing matches, an entry of a target list matches nothing, a pattern is no
             regular expression, or a matched module cannot hold an adapter.
     """
-    modules = _candidates(model)
+    modules = own_modules(model)
     names = _select(modules, spec.targets, "targets", model, spec)
     if spec.exclude is not None:
         excluded = set(_select(modules, spec.exclude, "exclude", model, spec))
@@ -36,24 +36,20 @@ def match_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
             f"targets={spec.targets!r} matches {unfit[0]!r}, a {kind}, which cannot hold a "
             f"{type(spec).__name__} adapter. {_nearest('', modules, spec)}"
         )
-    return spec.select(names)
+    selected = spec.select(names)
+    if not selected:
+        raise ValueError(
+            f"no module is left to adapt: all {len(names)} that targets={spec.targets!r} matches "
+            "are trained whole (modules_to_save)"
+        )
+    return selected
 
 
 def shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
     """Return the shortest target list that means exactly ``names``: last parts if they suffice."""
     endings = sorted({name.rpartition(".")[2] for name in names})
-    meant = [n for n in _candidates(model) if any(_ends_with(n, ending) for ending in endings)]
+    meant = [n for n in own_modules(model) if any(_ends_with(n, ending) for ending in endings)]
     return endings if sorted(meant) == sorted(names) else sorted(names)
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Every named module of the model proper, adapters and what is inside them left out."""
-    adapters = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and not any(name == a or name.startswith(a + ".") for a in adapters)
-    }
 
 
 def _select(
@@ -61,7 +57,7 @@ def _select(
     wanted: str | list[str],
     field: str,
     model: nn.Module,
-    spec: AdapterSpec,
+    spec: Part,
 ) -> list[str]:
     if wanted == "all":
         return [name for name, module in modules.items() if spec.fits(module)]
@@ -103,7 +99,7 @@ def _layer_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _nearest(wanted: str, modules: dict[str, nn.Module], spec: AdapterSpec) -> str:
+def _nearest(wanted: str, modules: dict[str, nn.Module], spec: Part) -> str:
     """A sentence listing the target names that look most like ``wanted``."""
     endings = {
         name.rpartition(".")[2]: None for name, module in modules.items() if spec.fits(module)

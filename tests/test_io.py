@@ -537,9 +537,10 @@ def test_a_config_field_that_means_nothing_is_refused_by_file_and_value(folder, 
     ("field", "value"),
     [
         ("lora_bias", True),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", {"embed_tokens": [1]}),
+        ("bias", "lora_only"),  # on a model without biases
+        ("bias", "some"),
+        ("modules_to_save", "lm_head"),
+        ("trainable_token_indices", {"embed_tokens": [1], "lm_head": [2]}),
         ("target_parameters", ["mlp.experts"]),
         ("layer_replication", [[0, 2]]),
         ("init_lora_weights", "pissa"),

@@ -396,8 +396,6 @@ def test_saved_dropout_is_read(tmp_path):
 RESULT_CHANGING = {
     "lora_bias": True,
     "bias": "all",
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1, 5],
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "layer_replication": [[0, 2], [0, 2]],
     "alora_invocation_tokens": [3, 4],

@@ -1,16 +1,28 @@
 """What is trained beside a frozen layer: one file per method."""
 
-from lit_adapters.adapters.base import OWN_TYPE, PREFIX, Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters.base import (
+    METHOD,
+    OWN_TYPE,
+    PREFIX,
+    Adapted,
+    Adapter,
+    AdapterSpec,
+    Part,
+    own_modules,
+)
 from lit_adapters.adapters.dora import DoRA, DoRAAdapter
 from lit_adapters.adapters.full import FullFineTuning
 from lit_adapters.adapters.llama_adapter import LLaMAAdapter, LLaMAAdapterLayer
 from lit_adapters.adapters.lora import LoRA
 from lit_adapters.adapters.low_rank import LoRAAdapter
 from lit_adapters.adapters.methods import METHODS
+from lit_adapters.adapters.new_tokens import NewRows
 from lit_adapters.adapters.prefix import PEFTPrefixTuning, PrefixTuning, start_from_text
 from lit_adapters.adapters.prefix_layer import PrefixAdapter
+from lit_adapters.adapters.whole import TrainedCopy
 
 __all__ = [
+    "METHOD",
     "METHODS",
     "OWN_TYPE",
     "PREFIX",
@@ -24,8 +36,12 @@ __all__ = [
     "LLaMAAdapterLayer",
     "LoRA",
     "LoRAAdapter",
+    "NewRows",
+    "Part",
     "PEFTPrefixTuning",
     "PrefixAdapter",
     "PrefixTuning",
+    "TrainedCopy",
+    "own_modules",
     "start_from_text",
 ]

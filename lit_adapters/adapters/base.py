@@ -2,24 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Generator, Tensor, nn
 
 PREFIX = "base_model.model."  # of every key in a file; PEFT finds nothing without it
 OWN_TYPE = "LIT_"  # begins each ``peft_type`` that PEFT is to refuse
+METHOD = "adapter"  # the slot of a method itself, as against what is trained beside it
 
 
 class Adapter(nn.Module, ABC):
     """What is trained beside one frozen layer; it lives at ``layer.adapter``.
 
     It never holds its layer: forward hooks on the layer pass it in, so the module tree has no
-    cycles and deepcopy, pickle and sharding see an ordinary child.
+    cycles and deepcopy, pickle and sharding see an ordinary child. What is trained beside a method
+    (a bias, new rows) lives in a slot of its own, so one layer may hold several.
     """
 
-    spec: "AdapterSpec"  # what it was built from
+    spec: "Part"  # what it was built from
     active = True  # whether the layer's hooks use it
     start_name: str | None = None  # the initialiser it started from, for the record
+    source: "Adapter | None" = None  # the adapter of a tied layer whose parameters it uses
+    grown_from: int | None = None  # rows of its layer's weight before `claim` added some
+    slot: ClassVar[str] = METHOD  # the name of the child
     changes_inputs: ClassVar[bool] = False  # whether `inputs` does anything
 
     @abstractmethod
@@ -58,6 +64,12 @@ class Adapter(nn.Module, ABC):
             f"{type(initialiser).__name__} does not fit {type(self.spec).__name__}, which has no "
             "low-rank factors; leave the initialiser out"
         )
+
+    def claim(self, layer: nn.Module, model: nn.Module) -> None:
+        """Change the shape of ``layer``, a part of ``model``, to what this adapter needs; once."""
+
+    def release(self, layer: nn.Module, model: nn.Module) -> None:
+        """Undo `claim`."""
 
     def merge_into(self, layer: nn.Module) -> None:
         """Change the weight of ``layer`` so that it computes the same without the adapter.
@@ -122,51 +134,38 @@ class Adapted(NamedTuple):
     adapter: Adapter
 
 
-class AdapterSpec(ABC):
-    """Settings of a method: a frozen dataclass whose fields are the YAML's keys.
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module below ``model`` by name, adapters and what is inside them left out."""
+    adapters = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not any(name == a or name.startswith(a + ".") for a in adapters)
+    }
+
+
+class Part(ABC):
+    """Which layers hold what; a frozen dataclass.
 
     A plain base class on purpose: the CLI would refuse subclasses of a dataclass.
     """
-
-    peft_types: ClassVar[
-        tuple[str, ...]
-    ]  # values of ``peft_type`` in a config that may mean this method
-    peft_fields: ClassVar[Set[str]]  # the fields of such a config that `from_peft` reads
 
     targets: str | list[str]
     exclude: str | list[str] | None
     layers: list[int] | None
 
-    def __post_init__(self) -> None:
-        """Check the fields that every method has."""
-        for name, value in {"targets": self.targets, "exclude": self.exclude}.items():
-            entries = [] if value is None else [value] if isinstance(value, str) else value
-            if not isinstance(entries, list) or not all(isinstance(e, str) for e in entries):
-                raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
-        layers = [] if self.layers is None else self.layers
-        if not isinstance(layers, list) or not all(type(n) is int for n in layers):
-            raise ValueError(f"layers must be a list of layer numbers, got {layers!r}")
-
     @property
     def name(self) -> str:
-        """What the method is called in files."""
+        """What it is called in files and messages."""
         return type(self).__name__
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether `prepare` needs a tokenizer."""
-        return False
 
     @abstractmethod
     def fits(self, layer: nn.Module) -> bool:
-        """Whether this method can adapt a module like ``layer``."""
+        """Whether a module like ``layer`` can hold it."""
 
     def select(self, names: list[str]) -> list[str]:
         """Narrow the names that the targets matched, given in model order."""
         return names
-
-    def prepare(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027
-        """Finish the start of freshly attached adapters that need the whole model or text."""
 
     @abstractmethod
     def build(self, layer: nn.Module, name: str) -> Adapter:
@@ -180,15 +179,66 @@ class AdapterSpec(ABC):
         """Like `build`, for a file; ``stated`` are the fields of its two JSON files together."""
         return self.build(layer, name)
 
+    def build_all(
+        self, layers: Mapping[str, nn.Module], stated: Mapping[str, Any]
+    ) -> dict[str, Adapter]:
+        """Build for each of the ``layers`` by name; ``stated`` is empty when attaching."""
+        make = partial(self.rebuild, stated=stated) if stated else self.build
+        return {name: make(layer, name) for name, layer in layers.items()}
+
+
+class AdapterSpec(Part):
+    """Settings of a method, whose fields are the YAML's keys, and how files state them."""
+
+    peft_types: ClassVar[
+        tuple[str, ...]
+    ]  # values of ``peft_type`` in a config that may mean this method
+    peft_fields: ClassVar[Set[str]]  # the fields of such a config that `from_peft` reads
+
+    def __post_init__(self) -> None:
+        """Check the fields that every method has."""
+        for name, value in {"targets": self.targets, "exclude": self.exclude}.items():
+            entries = [] if value is None else [value] if isinstance(value, str) else value
+            if not isinstance(entries, list) or not all(isinstance(e, str) for e in entries):
+                raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
+        layers = [] if self.layers is None else self.layers
+        if not isinstance(layers, list) or not all(type(n) is int for n in layers):
+            raise ValueError(f"layers must be a list of layer numbers, got {layers!r}")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether attaching needs a tokenizer."""
+        return False
+
+    def teach(self, tokenizer: Any) -> None:  # noqa: B027
+        """Add to a tokenizer the tokens that these settings bring."""
+
+    def companions(
+        self, model: nn.Module, names: list[str], stated: Mapping[str, Any], tokenizer: Any
+    ) -> Sequence[Part]:
+        """Return what is trained beside the adapters of the layers called ``names``.
+
+        Args:
+            model: Not yet adapted.
+            names: The layers that the targets matched.
+            stated: The fields of a file's two JSON files; empty when attaching.
+            tokenizer: Gives tokens their ids; None if there is none.
+        """
+        return ()
+
+    def prepare(self, model: nn.Module, tokenizer: Any) -> None:  # noqa: B027
+        """Finish the start of freshly attached adapters that need the whole model or text."""
+
     def filed(self, adapters: Sequence[Adapter]) -> "AdapterSpec":
         """Return the settings that a file with the tensors of ``adapters`` states."""
         return self
 
     @abstractmethod
-    def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
+    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of PEFT's ``adapter_config.json`` that say the same.
 
-        ``targets`` are the shortest names that mean exactly the modules of ``adapters``.
+        ``targets`` are the shortest names that mean exactly the modules that hold the method;
+        ``adapted`` is all of them and what is trained beside it.
         """
 
     @classmethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_adapters.adapters.base import Adapter, AdapterSpec
+from lit_adapters.adapters.base import Adapted, AdapterSpec
 from lit_adapters.adapters.lora import LoRA
 from lit_adapters.adapters.low_rank import LoRAAdapter
 from lit_adapters.initialisers import Factors, Initialiser
@@ -47,9 +47,9 @@ class DoRA(LoRA):
         """The module that these settings build."""
         return DoRAAdapter
 
-    def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
+    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of LoRA, and ``use_dora``."""
-        return {**super().to_peft(targets, adapters), "use_dora": True}
+        return {**super().to_peft(targets, adapted), "use_dora": True}
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:

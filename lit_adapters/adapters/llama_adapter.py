@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lit_adapters.adapters.attention import is_half_rotary, named_inputs, queries, split_heads
-from lit_adapters.adapters.base import Adapter, AdapterSpec
+from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec
 from lit_adapters.adapters.fields import read_field
 
 
@@ -73,11 +73,11 @@ class LLaMAAdapter(AdapterSpec):
         """Return prompts and gate for ``layer``, values not yet set."""
         return LLaMAAdapterLayer(self, layer)
 
-    def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
+    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of a config, PEFT's own if PEFT can say the same."""
         common = {"adapter_len": self.prompt_length, "adapter_layers": self.top_layers}
         ending = self._ending()
-        biased = any(isinstance(a, LLaMAAdapterLayer) and a.output_bias for a in adapters)
+        biased = any(isinstance(a, LLaMAAdapterLayer) and a.output_bias for *_, a in adapted)
         if self.gate == "scalar" and ending is not None and not biased:
             return {"peft_type": "ADAPTION_PROMPT", "target_modules": ending, **common}
         return {

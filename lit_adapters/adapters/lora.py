@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
-from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec, Part
+from lit_adapters.adapters.biases import Bias, biases
 from lit_adapters.adapters.fields import read_field
 from lit_adapters.adapters.low_rank import ORIGIN_NOTE, LoRAAdapter
+from lit_adapters.adapters.new_tokens import NewRows, new_tokens, teach_tokens
 from lit_adapters.adapters.patterns import check_pattern, matches
+from lit_adapters.adapters.whole import TrainedCopy, WholeModules, within
 from lit_adapters.weights import group_count, is_adaptable, matrix_shape, peft_agrees
 
+PEFT_BIAS: dict[Bias, str] = {"none": "none", "adapter": "lora_only", "all": "all"}
 # Starts after which PEFT subtracts the first product from the base it trains on.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -32,6 +36,13 @@ class LoRA(AdapterSpec):
         layers: Keep only modules inside the decoder layers of these numbers.
         rank_pattern: Ranks of single modules, by the ending of their name (regular expressions).
         alpha_pattern: The same for alpha.
+        modules_to_save: Name endings of modules that are trained whole, as copies that travel in
+            the adapter file: a new head, norms. They get no low-rank adapter, nor does what is
+            inside them.
+        bias: Biases that are trained as well: none, those of adapted layers (adapter), or all.
+        new_tokens: Texts of tokens whose rows of the embedding and the output head are trained and
+            travel in the adapter file. The tokenizer learns those it lacks, and rows are added
+            where the model has too few. A number is the id of a token that exists.
     """
 
     # The second is for layers beside which PEFT computes something else.
@@ -40,7 +51,7 @@ class LoRA(AdapterSpec):
         "r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules "
         "layers_to_transform rank_pattern alpha_pattern fan_in_fan_out init_lora_weights bias "
         "loftq_config megatron_core qalora_group_size ensure_weight_tying runtime_config "
-        "eva_config corda_config lora_ga_config".split()
+        "eva_config corda_config lora_ga_config modules_to_save trainable_token_indices".split()
     )
 
     rank: int = 8
@@ -52,6 +63,9 @@ class LoRA(AdapterSpec):
     layers: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    bias: Bias = "none"
+    new_tokens: list[str | int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +79,52 @@ class LoRA(AdapterSpec):
             raise ValueError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             check_pattern(_ending(pattern), "pattern")
+        self._check_companions()
+
+    def _check_companions(self) -> None:
+        whole, tokens = self.modules_to_save, self.new_tokens
+        if whole is not None and not (
+            isinstance(whole, list) and whole and all(isinstance(w, str) and w for w in whole)
+        ):
+            raise ValueError(
+                f"modules_to_save must be a list of name endings such as ['lm_head'], got {whole!r}"
+            )
+        if self.bias not in get_args(Bias):
+            raise ValueError(f"bias must be one of {get_args(Bias)}, got {self.bias!r}")
+        if tokens is not None and not (
+            isinstance(tokens, list)
+            and tokens
+            and all((isinstance(t, str) and t) or (type(t) is int and t >= 0) for t in tokens)
+        ):
+            raise ValueError(
+                f"new_tokens must be a list of texts such as ['<tool>'], or of ids, got {tokens!r}"
+            )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there are new tokens, which a tokenizer must number."""
+        return any(isinstance(token, str) for token in self.new_tokens or ())
+
+    def teach(self, tokenizer: Any) -> None:
+        """Add the new tokens to a tokenizer."""
+        teach_tokens(tokenizer, self.new_tokens or ())
+
+    def select(self, names: list[str]) -> list[str]:
+        """Leave out what is trained whole."""
+        return [name for name in names if not within(name, self.modules_to_save or ())]
+
+    def companions(
+        self, model: nn.Module, names: list[str], stated: Mapping[str, Any], tokenizer: Any
+    ) -> Sequence[Part]:
+        """Return whole modules, biases and rows of new tokens, as far as there are any."""
+        parts: list[Part] = []
+        if self.modules_to_save is not None:
+            parts.append(WholeModules(self.modules_to_save))
+        if self.bias != "none":
+            parts.append(biases(model, self.bias, names, self.modules_to_save or ()))
+        if self.new_tokens is not None:
+            parts.append(new_tokens(model, self.new_tokens, stated, tokenizer))
+        return parts
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether some storage in ``weights/`` knows the matrix of ``layer``."""
@@ -120,7 +180,7 @@ class LoRA(AdapterSpec):
 
     def filed(self, adapters: Sequence[Adapter]) -> "LoRA":
         """Return these settings, or, for pinned adapters, the plain LoRA that their file holds."""
-        pinned = {isinstance(adapter, LoRAAdapter) and adapter.pinned for adapter in adapters}
+        pinned = {adapter.pinned for adapter in adapters if isinstance(adapter, LoRAAdapter)}
         if len(pinned) > 1:
             raise ValueError(
                 "some adapters of the model have a pinned origin and some have not, which no file "
@@ -156,11 +216,15 @@ class LoRA(AdapterSpec):
             },
         )
 
-    def to_peft(self, targets: list[str], adapters: Sequence[Adapter]) -> dict[str, Any]:
+    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the LoRA fields of an ``adapter_config.json``."""
-        agrees = all(isinstance(a, LoRAAdapter) and a.peft_agrees for a in adapters)
+        matrices = [one for one in adapted if isinstance(one.adapter, LoRAAdapter)]
+        rows = {one.name: one.adapter for one in adapted if isinstance(one.adapter, NewRows)}
+        whole = [one.name for one in adapted if isinstance(one.adapter, TrainedCopy)]
+        agrees = all(peft_agrees(one.layer) for one in matrices)
+        apart = not any(one.name in rows for one in adapted if one.adapter.slot != NewRows.slot)
         return {
-            "peft_type": "LORA" if agrees else "LIT_LORA",
+            "peft_type": "LORA" if agrees and apart else "LIT_LORA",
             "target_modules": targets,
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -168,7 +232,14 @@ class LoRA(AdapterSpec):
             "use_rslora": self.rslora,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
-            "bias": "none",
+            "bias": PEFT_BIAS[self.bias],
+            "modules_to_save": whole or None,
+            "trainable_token_indices": {
+                name: list(adapter.spec.ids)
+                for name, adapter in rows.items()
+                if adapter.source is None
+            }
+            or None,
             "init_lora_weights": True,
         }
 
@@ -192,18 +263,47 @@ class LoRA(AdapterSpec):
             layers=_as_list(read_field(config, "layers_to_transform", (int, list), None)),
             rank_pattern=read_field(config, "rank_pattern", dict, {}),
             alpha_pattern=read_field(config, "alpha_pattern", dict, {}),
+            modules_to_save=read_field(config, "modules_to_save", list, None) or None,
+            bias=_read_bias(config),
+            new_tokens=_read_tokens(config),
         )
 
     def pack(self, model: nn.Module, adapted: Sequence[Adapted]) -> dict[str, Tensor]:
-        """Return the factors in fp32."""
-        return {key: tensor.float() for key, tensor in super().pack(model, adapted).items()}
+        """Return what is trained in fp32; counters of a whole module stay integers."""
+        return {
+            key: tensor.float() if tensor.is_floating_point() else tensor
+            for key, tensor in super().pack(model, adapted).items()
+        }
+
+
+def _read_bias(config: Mapping[str, Any]) -> Bias:
+    said = read_field(config, "bias", str, "none")
+    ours = next((mode for mode, theirs in PEFT_BIAS.items() if theirs == said), None)
+    if ours is None:
+        raise ValueError(f"bias={said!r} is unknown; expected one of {list(PEFT_BIAS.values())}")
+    return ours
+
+
+def _read_tokens(config: Mapping[str, Any]) -> list[str | int] | None:
+    """PEFT lists ids, or lists of ids by layer."""
+    said = read_field(config, "trainable_token_indices", (list, dict), None)
+    lists = list(said.values()) if isinstance(said, dict) else [said]
+    if not said:
+        return None
+    if any(ids != lists[0] for ids in lists):
+        raise ValueError(
+            f"trainable_token_indices={said!r}: rows that differ between layers are not supported"
+        )
+    if not isinstance(lists[0], list) or not all(type(row) is int for row in lists[0]):
+        raise ValueError(f"trainable_token_indices must be lists of token ids, got {said!r}")
+    return lists[0]
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if config.get("bias") not in (None, "none"):
+    if config.get("ensure_weight_tying") and config.get("modules_to_save"):
         raise ValueError(
-            f"bias={config['bias']!r}: trained biases are not supported; merge the adapter with "
-            "PEFT instead"
+            "ensure_weight_tying with modules_to_save: one trained copy for two tied modules is "
+            "not supported; merge the adapter with PEFT instead"
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_BASE):

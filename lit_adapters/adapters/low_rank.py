@@ -17,7 +17,6 @@ from lit_adapters.weights import (
     group_count,
     is_lookup,
     matrix_shape,
-    peft_agrees,
     read_weight,
     write_weight,
 )
@@ -48,7 +47,6 @@ class LoRAAdapter(Adapter):
         self.scale = scale
         self.dropout = dropout
         self.groups = group_count(layer)
-        self.peft_agrees = peft_agrees(layer)
         out_features, in_features = matrix_shape(layer)
         empty = partial(torch.empty, device="meta", dtype=torch.float32)
         self.lora_A = nn.Parameter(empty(self.groups * rank, in_features))

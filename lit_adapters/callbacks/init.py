@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_adapters.adapters import Adapter
+from lit_adapters.adapters import METHOD, Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.callbacks.checkpoint import adapted_children
 from lit_adapters.callbacks.first_batches import first_batches
@@ -74,7 +74,7 @@ class InitAdapters(Callback):
         sharded, and the checkpoint fills them.
         """
         trainer = pl_module.trainer
-        adapters = [adapter for *_, adapter in adapted_layers(model)]
+        adapters = [adapter for *_, adapter in adapted_layers(model, METHOD)]
         fits = trainer.state.fn == TrainerFn.FITTING
         if self.initialiser is None or not fits or adapters[0] is self._done:
             return
@@ -100,7 +100,7 @@ class InitAdapters(Callback):
         trainer = pl_module.trainer
         quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
         bar = tqdm(
-            total=sum(1 for _ in adapted_layers(model)),
+            total=sum(1 for _ in adapted_layers(model, METHOD)),
             desc=type(initialiser).__name__,
             unit="layer",
             delay=1.0,  # seconds; a quick start shows nothing
@@ -154,7 +154,7 @@ class InitAdapters(Callback):
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state and state["initialised"]:
             self.initialised, self._start = state["initialised"], state["start"]
-            for *_, adapter in adapted_layers(pl_module):
+            for *_, adapter in adapted_layers(pl_module, METHOD):
                 adapter.start_name = self._start
 
 
