@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lit_adapters.version import __version__
 
 if TYPE_CHECKING:
+    from lit_adapters.adapter_set import AdapterSet
     from lit_adapters.adapters import (
         DoRA,
         FullFineTuning,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Public names by the module that defines them. Resolved on first use, so that `--help` and a plain
 # `import lit_adapters` do not pay for torch, transformers and lightning.
 _HOMES = {
+    "lit_adapters.adapter_set": ["AdapterSet"],
     "lit_adapters.adapters": [
         "DoRA",
         "FullFineTuning",
@@ -49,6 +51,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdapterCheckpoint",
     "AdapterFineTuneModule",
+    "AdapterSet",
     "AlpacaDataModule",
     "DoRA",
     "FullFineTuning",

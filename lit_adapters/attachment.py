@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec
 from lit_adapters.initialisers import named_generator
@@ -174,27 +175,46 @@ def detach(model: Model) -> Model:
 
     It is as it was, except what `FullFineTuning` has trained.
     """
-    for _, layer, adapter in list(adapted_layers(model)):
-        adapter.release(layer, model)
-        _remove(layer)
+    unmount(model)
     return model
 
 
-def merge(model: Model) -> Model:
+def unmount(model: nn.Module) -> list[Adapted]:
+    """Take every adapter off and return them, so that `mount` can put them back."""
+    adapted = list(adapted_layers(model))
+    for _, layer, adapter in adapted:
+        adapter.release(layer, model)
+        _remove(layer)
+    return adapted
+
+
+def merge(model: Model, untie: bool = False) -> Model:
     """Fold every adapter into its layer's weight (fp32 sum, rounded once) and remove it.
+
+    Args:
+        model: A model with adapters.
+        untie: Give a layer whose weight is tied to others a weight of its own; for a language
+            model this is stated in its config.
 
     Returns:
         ``model`` itself, now with the classes and state-dict keys it had before `attach`.
 
     Raises:
         ValueError: if a weight is shared with a module outside the adapter (a tied output head),
-            which merging would change too, if the method cannot be merged (prompts), or the model
-            holds no adapter. Nothing is then merged.
+            which merging would change too, and is not to be untied; if the method cannot be merged
+            (prompts), or the model holds no adapter. Nothing is then merged.
     """
     adapted = list(adapted_layers(model))
     if not adapted:
         raise ValueError("the model holds no adapters, so there is nothing to merge")
-    _refuse_tied(model, adapted)
+    for name, layer, others in _tied(model, adapted):
+        if not untie:
+            raise ValueError(
+                f"the weight of {name!r} is tied to {', '.join(map(repr, others))}; merging would "
+                "change both. Pass untie=True (--untie on the command line) to give "
+                f"{name!r} a weight of its own"
+            )
+        _untie(layer, model)
     with torch.no_grad():
         for _, layer, adapter in adapted:
             adapter.merge_into(layer)
@@ -290,22 +310,26 @@ def check_layers(model: nn.Module, adapted: Iterable[Adapted]) -> None:
                 )
 
 
-def _refuse_tied(model: nn.Module, adapted: list[Adapted]) -> None:
-    """Merging into a tied weight would change the module at its other end as well."""
+def _tied(model: nn.Module, adapted: list[Adapted]) -> Iterator[tuple[str, nn.Module, list[str]]]:
+    """Yield layers whose merged weight would also be that of other modules, and those."""
     owners = _owners(model)
     trained = {id(p) for _, layer, adapter in adapted for p in adapter.trained(layer)}
     sources: dict[str, set[int]] = {}  # whose parameters act on a layer
     for name, _, adapter in adapted:
         sources.setdefault(name, set()).add(id(adapter.source or adapter))
-    for name, layer, _ in adapted:
+    for name, layer in {name: layer for name, layer, _ in adapted}.items():
         weight = getattr(layer, "weight", None)
         if weight is None or id(weight) in trained:  # nothing is written
             continue
         shared = [n for n in owners[id(weight)] if sources.get(n) != sources[name]]
         if shared:
-            raise ValueError(
-                f"the weight of {name!r} is tied to {', '.join(map(repr, shared))}; merging would "
-                f"change both. Untie it first, for example: "
-                f"model.get_submodule({name!r}).weight = nn.Parameter(weight.clone()) and "
-                f"model.config.tie_word_embeddings = False"
-            )
+            yield name, layer, shared
+
+
+def _untie(layer: nn.Module, model: nn.Module) -> None:
+    weight = layer.get_parameter("weight")
+    layer.register_parameter("weight", nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.tie_word_embeddings = False
+            module.config.get_text_config().tie_word_embeddings = False

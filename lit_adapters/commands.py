@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.base_model import load_base, load_tokenizer
 from lit_adapters.data import alpaca_prompt
-from lit_adapters.export import export_merged, export_peft
+from lit_adapters.export import export_merged, export_peft, serving_notes
 from lit_adapters.generation import generate as generate_answers
-from lit_adapters.io import load_adapter
+from lit_adapters.io import load_adapter, peft_config
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -86,6 +86,7 @@ def merge(
     dtype: Precision = "float32",
     tokenizer: str | None = None,
     revision: str | None = None,
+    untie: bool = False,
 ) -> None:
     """Fold an adapter into its base and write a stock Hugging Face model folder.
 
@@ -96,9 +97,10 @@ def merge(
         dtype: Data type of the stored weights; the merge itself is computed in fp32.
         tokenizer: Folder or hub id of the tokenizer; that of the base if null.
         revision: Branch, tag or commit of a hub model.
+        untie: Give a tied layer that is adapted at one end a weight of its own.
     """
     model, words = _load(base, adapter, "float32", tokenizer, revision)
-    folder = export_merged(model, output, words, getattr(torch, dtype))
+    folder = export_merged(model, output, words, getattr(torch, dtype), untie)
     Console().print(f"merged model ({dtype}) written to {folder}")
 
 
@@ -110,6 +112,7 @@ def export(
     dtype: Precision = "float32",
     tokenizer: str | None = None,
     revision: str | None = None,
+    untie: bool = False,
 ) -> None:
     """Write an adapter for other software: a PEFT folder, or a merged Hugging Face model.
 
@@ -121,13 +124,16 @@ def export(
         dtype: Data type of a merged model's weights; adapters are fp32.
         tokenizer: Folder or hub id of the tokenizer; that of the base if null.
         revision: Branch, tag or commit of a hub model.
+        untie: For a merged model: give a tied layer that is adapted at one end its own weight.
     """
     if format == "hf":
-        merge(adapter, output, base, dtype, tokenizer, revision)
+        merge(adapter, output, base, dtype, tokenizer, revision, untie)
         return
     model, words = _load(base, adapter, "float32", tokenizer, revision)
     folder = export_peft(model, output, words)
     Console().print(f"PEFT adapter written to {folder}")
+    for note in serving_notes(peft_config(model)):
+        Console().print(f"note: {note}", markup=False)
 
 
 def _load(

@@ -1,7 +1,9 @@
 """Leave the library: a merged stock model, or a plain PEFT adapter."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +13,15 @@ from lit_adapters.adapters import OWN_TYPE
 from lit_adapters.attachment import merge
 from lit_adapters.io import peft_config, save_adapter
 
+VLLM_RANK = 16  # its default --max-lora-rank
+
 
 def export_merged(
     model: PreTrainedModel,
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
+    untie: bool = False,
 ) -> Path:
     """Write base and adapter as one stock Hugging Face model folder; ``model`` keeps its adapters.
 
@@ -25,11 +30,12 @@ def export_merged(
         path: The folder to write.
         tokenizer: Written beside it if given.
         dtype: Of the stored weights, rounded once after the fp32 merge; the model's own if null.
+        untie: Give a tied layer that is adapted at one end a weight of its own.
 
     Raises:
         ValueError: if there is no adapter, or a tied weight stands in the way (see `merge`).
     """
-    merged = merge(copy.deepcopy(model))
+    merged = merge(copy.deepcopy(model), untie)
     if dtype is not None:
         nn.Module.to(merged, dtype)
     folder = Path(path)
@@ -62,3 +68,27 @@ def export_peft(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def serving_notes(config: Mapping[str, Any]) -> list[str]:
+    """Return what keeps servers from loading a PEFT folder, one sentence each; often nothing.
+
+    What vLLM (its LoRA loader, 2026) refuses, and the remedy, given an ``adapter_config.json``.
+    """
+    merged = "export a merged model instead (--format hf)"
+    notes = []
+    if config.get("modules_to_save"):
+        notes.append(f"vLLM loads no whole modules (modules_to_save); {merged}.")
+    if config.get("trainable_token_indices"):
+        notes.append(
+            f"vLLM loads no rows of new tokens; {merged}. With PEFT, load the tokenizer written "
+            "here and resize the base to it first"
+        )
+    if config.get("bias") not in (None, "none"):
+        notes.append(f"vLLM loads no trained biases; {merged}.")
+    if config.get("use_dora"):
+        notes.append(f"vLLM loads no DoRA; {merged}.")
+    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    if rank > VLLM_RANK:
+        notes.append(f"vLLM takes ranks up to {VLLM_RANK} by default: --max-lora-rank {rank}.")
+    return notes

@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from lit_adapters.adapters import Adapter
+
 VOCAB = 72
 PAD = 0
 SIZES = {
@@ -156,10 +158,11 @@ def fingerprint(tensor: Tensor) -> str:
 
 def base_bytes(model: nn.Module) -> dict[str, str]:
     """Hash of every state-dict entry that is not an adapter's."""
+    own = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Adapter))
     return {
         name: fingerprint(tensor)
         for name, tensor in model.state_dict().items()
-        if ".adapter." not in name
+        if not name.startswith(own)
     }
 
 

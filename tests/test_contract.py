@@ -94,7 +94,15 @@ PROMPT_METHODS = {
     "llama-adapter": Method(LLaMAAdapter(prompt_length=3, top_layers=2)),
     "prefix": Method(PrefixTuning(length=3)),
 }
-METHODS = {**MATRIX_METHODS, **PROMPT_METHODS}
+# What is trained beside the method, in other layers: tested on whole models.
+SEEN = int(batch()["input_ids"][0, 0])  # a token whose row of the embedding gets a gradient
+BESIDE = {
+    "lora-whole": Method(LoRA(rank=4, alpha=8, modules_to_save=["1.mlp"]), PiSSA()),
+    "lora-bias": Method(LoRA(rank=4, alpha=8, bias="all")),
+    "dora-bias": Method(DoRA(rank=4, alpha=8, bias="adapter")),
+    "dora-tokens": Method(DoRA(rank=4, alpha=8, new_tokens=[SEEN, 9])),
+}
+METHODS = {**MATRIX_METHODS, **PROMPT_METHODS, **BESIDE}
 LAYERS = {
     "linear": lambda: nn.Linear(IN, OUT),
     "linear-no-bias": lambda: nn.Linear(IN, OUT, bias=False),
@@ -118,14 +126,19 @@ every_flat_layer = pytest.mark.parametrize(
     "kind", [kind for kind in LAYERS if not kind.startswith("torch-conv")]
 )
 every_model = pytest.mark.parametrize("family", MODELS)
-PAIRS = [(f, m) for m in METHODS for f in MODELS if m in MATRIX_METHODS or f == "llama"]
+PAIRS = [
+    (f, m)
+    for m in METHODS
+    for f in MODELS
+    if not (m in PROMPT_METHODS and f == "gpt2") and not (m.endswith("bias") and f == "llama")
+]
 every_model_and_method = pytest.mark.parametrize(("family", "method"), PAIRS)
 # A prefix takes part in every softmax, so it cannot start without effect.
 every_model_and_quiet_method = pytest.mark.parametrize(
     ("family", "method"), [pair for pair in PAIRS if pair[1] != "prefix"]
 )
 every_model_and_matrix_method = pytest.mark.parametrize(
-    ("family", "method"), [pair for pair in PAIRS if pair[1] in MATRIX_METHODS]
+    ("family", "method"), [pair for pair in PAIRS if pair[1] not in PROMPT_METHODS]
 )
 every_target = pytest.mark.parametrize("targets", TARGETS)
 
@@ -169,7 +182,7 @@ def inputs(kind, seed=0):
 def adapt(model, method, targets, seed=0):
     """Attach the method, the start included; prompts choose their own targets."""
     spec, start = METHODS[method]
-    if method in MATRIX_METHODS:
+    if method not in PROMPT_METHODS:
         spec = replace(spec, targets=targets)
     names = attach(model, spec, seed=seed)
     if start is not None and isinstance(model, OneLayer):
@@ -268,10 +281,11 @@ def test_only_adapter_parameters_are_trainable_and_all_of_them_get_gradients(
 ):
     model = adapted_model(family, method, targets).train()
     model(**batch()).loss.backward()
+    adapters = tuple(f"{name}." for name in adapter_names(model))
     for name, parameter in model.named_parameters():
         if name.endswith(("lora_A0", "lora_B0")):
             assert not parameter.requires_grad, name
-        elif ".adapter." in name:
+        elif name.startswith(adapters):
             assert parameter.requires_grad, name
             assert parameter.grad is not None, name
             assert parameter.grad.dtype == torch.float32, name
@@ -709,7 +723,7 @@ def test_training_resumes_to_the_bit_from_a_file_read_with_weights_only(
     _trained(whole, 3, optimizer)
 
     spec = METHODS[method].spec
-    if method in MATRIX_METHODS:
+    if method not in PROMPT_METHODS:
         spec = replace(spec, targets=TARGETS["embedding-too"][family])
     resumed = MODELS[family]().to(dtype)
     attach(resumed, spec, seed=99)  # without its start: the file knows where that was
@@ -825,7 +839,8 @@ def test_casting_the_model_keeps_adapter_masters_in_fp32_to_the_bit(family, meth
         assert parameter.requires_grad, name
         assert torch.equal(parameter, value), name
     if cast != "there and back":
-        base = [p for name, p in model.named_parameters() if ".adapter." not in name]
+        adapters = tuple(f"{name}." for name in adapter_names(model))
+        base = [p for name, p in model.named_parameters() if not name.startswith(adapters)]
         assert all(p.dtype in (torch.bfloat16, torch.float16) for p in base)
 
 
