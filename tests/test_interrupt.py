@@ -108,6 +108,14 @@ class Announce(At):
         raise AssertionError("no signal came")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ctrl_c_is_heard():
+    """A shell has what it runs in the background ignore Ctrl-C, and so would the runs here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(autouse=True)
 def _handlers_are_restored():
     before = {number: signal.getsignal(number) for number in STATUS}
