@@ -431,10 +431,6 @@ def test_weights_that_are_trained_themselves_need_no_call():
     check_adapters_fire(model, {"x": x})
     model.train()(x).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    lora = Attending()
-    attach(lora, LoRA(rank=2, targets=["out_proj", "head"]))
-    with pytest.raises(RuntimeError, match="out_proj"):  # there it matters
-        check_adapters_fire(lora, {"x": x})
 
 
 def with_a_child():

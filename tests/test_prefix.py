@@ -674,7 +674,7 @@ def test_peft_refuses_our_own_layout(tmp_path, peft):
             "prefix_projection=true: this prefix was computed by a network",
         ),
         ("num_transformer_submodules", 2, "only decoders can be adapted here"),
-        ("num_virtual_tokens", None, "lacks the field 'num_virtual_tokens'"),
+        ("num_virtual_tokens", None, "the field 'num_virtual_tokens' is missing"),
         ("modules_to_save", ["lm_head"], "modules_to_save=.* is not supported here"),
     ],
 )

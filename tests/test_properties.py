@@ -49,7 +49,11 @@ from tests.models import (
 )
 from tests.reference import matrix, product
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    # Models are built while they are drawn, and transformers draws from `random` at times.
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+]
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # nothing is left in the tree
 
 QUICK = settings(
