@@ -76,7 +76,8 @@ class AdapterSet:
 
     def delete(self, name: str) -> None:
         """Forget an adapter; if it is active, the bare base computes afterwards."""
-        self._check_known(name)
+        if name not in self._adapters:
+            self._check_known(name)
         if name == self.active:
             self.activate(None)
         del self._adapters[name]
@@ -152,6 +153,7 @@ class AdapterSet:
         """Undo `merge` to the bit: write back what it overwrote, and put the adapter on again."""
         if self._overwritten is None or self.active is None:
             raise ValueError("nothing is merged")
+        self._check_mine()
         for layer, key, value in self._overwritten:
             _tensor(layer, key).data.copy_(value)
         self._overwritten = None
@@ -182,9 +184,21 @@ class AdapterSet:
     def _check_known(self, name: str) -> None:
         if name not in self._adapters:
             raise ValueError(f"no adapter is called {name!r}; the names are {self.names}")
+        modules = dict(self.model.named_modules())
+        for module, layer, _ in self._adapters[name]:
+            if modules.get(module) is not layer:
+                raise ValueError(
+                    f"{module!r} is not the module any more that {name!r} was made for; it was "
+                    "replaced (by resizing embeddings?), and the adapter would act on nothing"
+                )
 
     def _check_free(self) -> None:
         """Make sure that what is on the model can be taken off and put back."""
+        self._check_mine()
+        if self._overwritten is not None:
+            raise ValueError(f"{self.active!r} is merged into the base; call unmerge() first")
+
+    def _check_mine(self) -> None:
         held = {id(adapter) for *_, adapter in adapted_layers(self.model)}
         mounted = self._adapters[self.active] if self.active and self._overwritten is None else []
         if held != {id(adapter) for *_, adapter in mounted}:
@@ -192,8 +206,6 @@ class AdapterSet:
                 f"the adapters on the model are not those of {self.active!r}: they were attached "
                 "or taken off without this set. Save them, and make a new AdapterSet(model)"
             )
-        if self._overwritten is not None:
-            raise ValueError(f"{self.active!r} is merged into the base; call unmerge() first")
 
 
 class _Overwritten(NamedTuple):

@@ -1,4 +1,4 @@
-"""Put adapters on a model, take them off, merge them in; one forward hook does the work."""
+"""Put adapters on a model, take them off, merge them in; hooks on the layers do the work."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec, adapters_of
@@ -17,6 +17,7 @@ from lit_adapters.targets import match_targets
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@torch.inference_mode(False)  # else what is made there could never be trained
 def attach(
     model: nn.Module, spec: AdapterSpec, seed: int | None = None, tokenizer: Any = None
 ) -> list[str]:
@@ -27,7 +28,8 @@ def attach(
         spec: The method and its settings, such as ``LoRA(rank=8)``.
         seed: Seeds each adapter's start together with its layer's name; None takes the global
             seed (``seed_everything``).
-        tokenizer: For a spec that starts from a text (`PrefixTuning`).
+        tokenizer: For a spec that starts from a text (`PrefixTuning`), or brings new tokens, which
+            it learns; it keeps them even if attaching fails.
 
     Returns:
         The dotted names of the adapted modules.
@@ -110,6 +112,7 @@ def materialise(adapter: Adapter, layer: nn.Module) -> Adapter:
     return adapter.to_empty(device=next(layer.parameters()).device)
 
 
+@torch.inference_mode(False)
 def mount(model: nn.Module, adapted: Iterable[Adapted]) -> None:
     """Freeze ``model`` and put finished adapters on their layers."""
     model.requires_grad_(False)
@@ -186,9 +189,11 @@ def detach(model: Model) -> Model:
     return model
 
 
+@torch.inference_mode(False)
 def unmount(model: nn.Module) -> list[Adapted]:
     """Take every adapter off and return them, so that `mount` can put them back."""
     adapted = list(adapted_layers(model))
+    _check_removable(adapted)
     for _, layer, adapter in adapted:
         adapter.release(layer, model)
         _remove(layer)
@@ -214,6 +219,7 @@ def merge(model: Model, untie: bool = False) -> Model:
     adapted = list(adapted_layers(model))
     if not adapted:
         raise ValueError("the model holds no adapters, so there is nothing to merge")
+    _check_removable(adapted)
     for name, layer, key, others in list(_tied(model, adapted)):
         if not untie:
             raise ValueError(
@@ -265,6 +271,16 @@ def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
             "layers' weights without calling the layers (a fused kernel, a custom head?), or not "
             "at all; switch that off or leave them out with `exclude`"
         )
+
+
+def _check_removable(adapted: Iterable[Adapted]) -> None:
+    for name, layer, adapter in adapted:
+        forward = layer.__dict__.get("forward")
+        if adapter.stands_in and getattr(forward, "func", None) is not stand_in:
+            raise ValueError(
+                f"something has wrapped the forward of {name!r} after its adapter was put there; "
+                "take that off first"
+            )
 
 
 def _remove(layer: nn.Module) -> None:
@@ -343,8 +359,16 @@ def _tied(
 
 def _untie(layer: nn.Module, key: str, model: nn.Module) -> None:
     weight = layer.get_parameter(key)
+    told: list[Any] = [module for module in model.modules() if _ties(module, weight)]
     layer.register_parameter(key, nn.Parameter(weight.detach().clone(), weight.requires_grad))
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config.tie_word_embeddings = False
-            module.config.get_text_config().tie_word_embeddings = False
+    for module in told:
+        module.config.tie_word_embeddings = False
+        module.config.get_text_config().tie_word_embeddings = False
+
+
+def _ties(module: nn.Module, weight: Tensor) -> bool:
+    """Whether ``weight`` is both the embedding and the head of a language model."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    ends = (module.get_input_embeddings(), module.get_output_embeddings())
+    return all(getattr(end, "weight", None) is weight for end in ends)

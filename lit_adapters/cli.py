@@ -27,7 +27,7 @@ from lit_adapters.callbacks import (
     RunReport,
     SampleGenerations,
 )
-from lit_adapters.callbacks.checkpoint import check_writable
+from lit_adapters.callbacks.files import check_writable
 from lit_adapters.datamodule import InstructionDataModule
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.saved_settings import trusted_settings

@@ -104,6 +104,7 @@ def _filed(adapted: Sequence[Adapted]) -> AdapterSpec:
     return cast(AdapterSpec, adapters[0].spec).filed(adapters)
 
 
+@torch.inference_mode(False)  # else what is made there could never be trained
 def load_adapter(
     model: nn.Module, path: str | Path, *, check_base: bool = True, tokenizer: Any = None
 ) -> list[str]:
@@ -116,8 +117,8 @@ def load_adapter(
         model: The base that the adapter was trained on.
         path: The folder.
         check_base: Refuse a base whose weights differ from the one trained on (where recorded).
-        tokenizer: Learns the new tokens of the folder, and decides which rows are theirs; without
-            it the rows are those that they had in training.
+        tokenizer: Learns the new tokens of the folder (and keeps them, should loading fail), and
+            decides which rows are theirs; without it the rows are those that they had in training.
 
     Returns:
         The names of the adapted modules.

@@ -15,7 +15,7 @@ METHOD = "adapter"  # the slot of a method itself, as against what is trained be
 
 
 class Adapter(nn.Module, ABC):
-    """What is trained beside one frozen layer; it lives at ``layer.adapter``.
+    """What is trained beside one frozen layer; it lives at ``layer.adapter``, or another `slot`.
 
     It never holds its layer: forward hooks on the layer pass it in, so the module tree has no
     cycles and deepcopy, pickle and sharding see an ordinary child. What is trained beside a method

@@ -129,7 +129,7 @@ class LoRA(AdapterSpec):
         if self.bias != "none":
             parts.append(biases(model, self.bias, names, self.modules_to_save or ()))
         if self.new_tokens is not None:
-            parts.append(new_tokens(model, self.new_tokens, stated, tokenizer))
+            parts.append(new_tokens(model, names, self.new_tokens, stated, tokenizer))
         return parts
 
     def fits(self, layer: nn.Module) -> bool:

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_adapters.adapters.base import Adapted, Adapter, Part, bias_of
+from lit_adapters.adapters.fields import shown
 
+SPARE = 1024  # rows that may be missing beside those of the tokens; more is a mistake
+LONGEST = 1000  # characters of a token
 KEY = "token_adapter.trainable_tokens_delta"  # PEFT's; it holds rows, not differences
 
 
@@ -58,12 +61,17 @@ def teach_tokens(tokenizer: Any, tokens: Sequence[str | int]) -> None:
 
 
 def new_tokens(
-    model: nn.Module, tokens: Sequence[str | int], stated: Mapping[str, Any], tokenizer: Any
+    model: nn.Module,
+    adapted: Sequence[str],
+    tokens: Sequence[str | int],
+    stated: Mapping[str, Any],
+    tokenizer: Any,
 ) -> NewTokens:
     """Return the part that trains the rows of ``tokens`` in ``model``.
 
     Args:
         model: Holds a Hugging Face model.
+        adapted: Names of the layers with adapters, which tell which model is meant.
         tokens: Texts, or ids of rows that exist.
         stated: The fields of an adapter file's two JSON files; empty when attaching. Where the
             file knows the texts, a tokenizer decides about the ids, else the file.
@@ -73,23 +81,24 @@ def new_tokens(
         ValueError: if a text cannot be resolved, an id has no row, two tokens share one, or the
             model has no token embedding.
     """
-    roots = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    embedding = roots[0].get_input_embeddings() if roots else None
+    root = _language_model(model, adapted)
+    embedding = root.get_input_embeddings() if root is not None else None
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(
             "new tokens (trainable_token_indices) need a Hugging Face model with a token embedding"
         )
     ids = _ids(_texts(tokens, stated), tokens, tokenizer)
     rows = len(embedding.weight)
+    furthest = rows + len(ids) + SPARE
     for token, row in zip(_texts(tokens, stated), ids, strict=True):
-        if not isinstance(token, str) and row >= rows:
+        if row >= furthest or (not isinstance(token, str) and row >= rows):
             raise ValueError(
                 f"new_tokens: id {row} lies beyond the {rows} rows of the embedding. Name a new "
                 "token by its text, which adds a row; for a folder of another library, resize the "
                 "base as it was resized there"
             )
     names = {id(module): name for name, module in model.named_modules()}
-    head = roots[0].get_output_embeddings()
+    head = root.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     ends = [embedding] if head is None else [embedding, head]
     listed = stated.get("trainable_token_indices")
@@ -100,6 +109,22 @@ def new_tokens(
     if not ends:
         raise ValueError(f"trainable_token_indices={listed!r} names neither embedding nor head")
     return NewTokens(tuple(_texts(tokens, stated)), ids, tuple(names[id(end)] for end in ends))
+
+
+def _language_model(model: nn.Module, adapted: Sequence[str]) -> Any:
+    """The outermost Hugging Face model that holds adapted layers; None if there is none."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not name or layer.startswith(f"{name}.") for layer in adapted)
+        is_outermost = not any(not other or name.startswith(f"{other}.") for other in found)
+        if isinstance(module, PreTrainedModel) and inside and is_outermost:
+            found[name] = module
+    if len(found) > 1:
+        raise ValueError(
+            f"new_tokens: several language models are adapted here, {sorted(found)}; attach to one "
+            "of them at a time"
+        )
+    return next(iter(found.values()), None)
 
 
 def _texts(tokens: Sequence[str | int], stated: Mapping[str, Any]) -> Sequence[str | int]:
@@ -115,7 +140,14 @@ def _texts(tokens: Sequence[str | int], stated: Mapping[str, Any]) -> Sequence[s
             for text, token in zip(known, tokens, strict=True)
         )
     ):
-        raise ValueError(f"new_tokens={known!r} does not fit trainable_token_indices")
+        raise ValueError(f"new_tokens={shown(known)} does not fit trainable_token_indices")
+    for text in known:
+        is_sound = not isinstance(text, str) or not any("\ud800" <= c <= "\udfff" for c in text)
+        if isinstance(text, str) and not (is_sound and 0 < len(text) <= LONGEST):
+            raise ValueError(
+                f"new_tokens: {shown(text)} is no token; expected a text of 1 to {LONGEST} "
+                "characters"
+            )
     return known
 
 
@@ -127,7 +159,12 @@ def _ids(
     ids = []
     for text, token in zip(texts, tokens, strict=True):
         if isinstance(text, str) and tokenizer is not None:
-            ids.append(int(tokenizer.convert_tokens_to_ids(text)))
+            number = tokenizer.convert_tokens_to_ids(text)
+            if number is None:
+                raise ValueError(
+                    f"new_tokens: the tokenizer cannot hold {shown(text)} as one token"
+                )
+            ids.append(int(number))
         elif isinstance(token, str):
             raise ValueError(f"new_tokens={list(tokens)!r} needs a tokenizer: pass tokenizer=...")
         else:
@@ -208,7 +245,10 @@ class NewRows(Adapter):
 
     def computes_like(self, other: Adapter) -> bool:
         """Return whether the other has the same rows."""
-        return isinstance(other, NewRows) and self.spec.ids == other.spec.ids
+        return isinstance(other, NewRows) and (self.spec.ids, self.spec.tokens) == (
+            other.spec.ids,
+            other.spec.tokens,
+        )
 
     @torch.no_grad()
     def merge_into(self, layer: nn.Module) -> None:
@@ -236,6 +276,7 @@ class NewRows(Adapter):
         return ", ".join(map(repr, self.spec.tokens))
 
 
+@torch.inference_mode(False)  # else the weight could never be trained beside
 @torch.no_grad()
 def _resize(layer: nn.Module, rows: int, model: nn.Module) -> None:
     """Give an embedding or head ``rows`` rows; new ones are the mean of the others."""

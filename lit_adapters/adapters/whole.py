@@ -1,5 +1,6 @@
 """Weights trained whole beside an adapter: copies of modules or biases stand in for the frozen."""
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -7,6 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lit_adapters.adapters.base import Adapted, Adapter, Part, own_modules
 
@@ -15,6 +18,10 @@ Bias = Literal["none", "adapter", "all"]
 # Recurrent layers keep references to their weights in a list of their own, and attention of torch
 # reads those of its output projection without calling it.
 UNREAD = (nn.RNNBase, NonDynamicallyQuantizableLinear)
+UNCALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+# Threads that call one layer would take each other's copies for the originals.
+ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,8 @@ class WholeModules(Part):
     def fits(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is called, and its weights are read when it is and can be trained."""
         parameters = list(layer.parameters())
-        is_called = not isinstance(layer, nn.ModuleList | nn.ModuleDict | nn.ParameterList)
-        is_read = not any(isinstance(module, UNREAD) for module in layer.modules())
+        is_called = not isinstance(layer, UNCALLED)
+        is_read = not any(_unread(module) for module in layer.modules())
         is_float = all(parameter.is_floating_point() for parameter in parameters)
         return is_called and is_read and bool(parameters) and is_float
 
@@ -75,6 +82,13 @@ def _refuse_tied(modules: Mapping[str, nn.Module]) -> None:
                 )
 
 
+def _unread(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does not read its parameters where they are."""
+    hooks = module._forward_pre_hooks.values()
+    is_computed = any(isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks)
+    return is_computed or isinstance(module, (*UNREAD, nn.ParameterList, nn.ParameterDict))
+
+
 def _saved(layer: nn.Module) -> list[str]:
     """Names of the parameters and buffers of ``layer`` itself that a state dict holds."""
     buffers = [b for b in layer._buffers if b not in layer._non_persistent_buffers_set]
@@ -100,7 +114,7 @@ class Biases(Part):
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether ``layer`` has a bias that it reads when it is called."""
-        return bool(_biases(layer)) and not isinstance(layer, UNREAD)
+        return bool(_biases(layer)) and not _unread(layer)
 
     def build(self, layer: nn.Module, name: str) -> "TrainedCopy":
         """Return copies of biases, without values."""
@@ -185,6 +199,14 @@ class TrainedCopy(Adapter):
         self, layer: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """Return ``run(*args, **kwargs)``, a call of ``layer`` with the copies in their place."""
+        if torch.compiler.is_compiling():  # in one thread, and without locks
+            return self._swapped(layer, run, args, kwargs)
+        with ONE_AT_A_TIME:
+            return self._swapped(layer, run, args, kwargs)
+
+    def _swapped(
+        self, layer: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
         before = {}
         try:
             for name, ours in self._values().items():

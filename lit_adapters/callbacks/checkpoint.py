@@ -1,9 +1,7 @@
 """Checkpoints that hold the adapter and not the frozen base, written so that a kill is harmless."""
 
-import os
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_adapters.adapters import NewRows
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.callbacks.files import check_writable, write_checkpoint
 from lit_adapters.callbacks.interrupt import StopSignals
 from lit_adapters.callbacks.loops import (
     begin_next_epoch,
@@ -311,7 +311,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         step = trainer.global_step
         if self.save_last and step != self._last_step and not _is_dry_run(trainer):
             self.last_model_path = str(Path(str(self.dirpath)) / "last.ckpt")
-            self._write(trainer, self.last_model_path)
+            write_checkpoint(trainer, self.last_model_path)
             self._last_step, self._due = step, False
 
     # --- what ------------------------------------------------------------------------------------
@@ -324,6 +324,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         checkpoint["random_state"] = random_state()
         if self._base is not None:
             checkpoint["base_fingerprint"] = self._base
+        if tokens := _new_tokens(pl_module):
+            checkpoint["new_tokens"] = tokens
         if self._point is not None:  # the state is that of a moment that has passed
             checkpoint["loops"]["fit_loop"] = self._point.fit
             checkpoint["random_state"] = self._point.random_state
@@ -360,6 +362,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
     ) -> None:
         check_trained(pl_module, keep_trained(pl_module, checkpoint["state_dict"]))
+        tokens = _new_tokens(pl_module)
+        if checkpoint.get("new_tokens", tokens) != tokens:
+            raise ValueError(
+                f"the checkpoint {trainer.ckpt_path} holds rows of the new tokens "
+                f"{checkpoint['new_tokens']}, and those here are {tokens}: name the same, in the "
+                "same order"
+            )
         recorded, self._base = checkpoint.get("base_fingerprint"), _fingerprint(trainer, pl_module)
         if not self.check_base or recorded is None or self._base is None:
             return
@@ -395,34 +404,13 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Called by Lightning for the best state."""
-        self._write(trainer, filepath)
+        write_checkpoint(trainer, filepath)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         self._write_folder(trainer)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
-
-    def _write(self, trainer: Trainer, filepath: str) -> None:
-        part = Path(f"{filepath}.part")
-        try:
-            trainer.save_checkpoint(part, weights_only=False)  # on every rank
-            if trainer.is_global_zero:
-                with part.open("r+b") as handle:
-                    os.fsync(handle.fileno())
-                part.replace(filepath)
-        except BaseException as error:
-            part.unlink(missing_ok=True)  # a full disk stays no fuller than it was
-            if not isinstance(error, OSError):
-                raise
-            there = Path(filepath).exists()
-            kept = "the file from before is whole" if there else "no file is there"
-            raise OSError(
-                error.errno,
-                f"cannot write the checkpoint {filepath}: {error.strerror or error}; {kept}. "
-                "Make room, or choose another folder (--checkpoint.dirpath), and resume",
-            ) from error
-        trainer.strategy.barrier("AdapterCheckpoint")
 
     def _write_folder(self, trainer: Trainer) -> None:
         roots = adapted_children(trainer.lightning_module)
@@ -437,6 +425,12 @@ def _is_dry_run(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def _new_tokens(module: LightningModule) -> list[list[str | int]]:
+    """What the rows in a checkpoint mean, which their names do not say."""
+    adapters = [adapter for *_, adapter in adapted_layers(module)]
+    return [[*a.spec.tokens, *a.spec.ids] for a in adapters if isinstance(a, NewRows)]
+
+
 def _fingerprint(trainer: Trainer, module: LightningModule) -> str | None:
     if trainer.strategy.restore_checkpoint_after_setup:  # weights may be sharded: FSDP and the like
         return None
@@ -445,25 +439,6 @@ def _fingerprint(trainer: Trainer, module: LightningModule) -> str | None:
         if name in frozen:
             base.register_parameter(name.replace(".", "/"), parameter)
     return fingerprint(base, list(adapted_layers(module)))
-
-
-def check_writable(folder: Path) -> None:
-    """Make ``folder`` and see that a file can be written there, before hours are spent.
-
-    Raises:
-        OSError: if not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"?")
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write checkpoints into {folder}: {error.strerror or error}. Choose another "
-            "folder: AdapterCheckpoint(dirpath=...), --checkpoint.dirpath or "
-            "--trainer.default_root_dir",
-        ) from error
 
 
 def adapted_children(module: nn.Module) -> dict[str, nn.Module]:

@@ -131,4 +131,7 @@ def is_lookup(layer: nn.Module) -> bool:
 def is_adaptable(layer: nn.Module) -> bool:
     """Whether some storage is registered for the type of ``layer``, and hooks on it ever run."""
     is_known = matrix_shape.dispatch(type(layer)) is not matrix_shape.dispatch(object)
-    return is_known and not isinstance(layer, NonDynamicallyQuantizableLinear)
+    is_called = not isinstance(layer, NonDynamicallyQuantizableLinear)
+    # Weights that are computed at each call (weight_norm), and tables that calls write to.
+    is_plain = "weight" in layer._parameters and getattr(layer, "max_norm", None) is None
+    return is_known and is_called and is_plain
