@@ -1,6 +1,7 @@
 """The LightningModule: one causal language model, one adapter, one loss."""
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,8 @@ from lit_adapters.guards import (
     check_tokens,
     warn_if_rounded,
 )
-from lit_adapters.losses import TokenLoss, token_loss
+from lit_adapters.losses import TokenLoss
+from lit_adapters.model_loss import Loss, ModelLoss
 from lit_adapters.optim import (
     fuse,
     hold_ratios,
@@ -70,6 +72,9 @@ class AdapterFineTuneModule(LightningModule):
         revision: Branch, tag or commit of a hub model.
         attn_implementation: Attention of transformers, such as sdpa, eager or flash_attention_2.
         max_new_tokens: Longest answer of `predict`, tokens.
+        loss: Where it comes from: auto is the states before the output head, in chunks of tokens,
+            so that the logits are never held, or the logits if the head is no plain matrix (then a
+            line in the log says why); full is the logits; liger is liger-kernel on CUDA.
     """
 
     model: PreTrainedModel
@@ -89,6 +94,7 @@ class AdapterFineTuneModule(LightningModule):
         revision: str | None = None,
         attn_implementation: str | None = None,
         max_new_tokens: int = 128,
+        loss: Loss = "auto",
     ) -> None:
         super().__init__()
         self.base = base if isinstance(base, str) else None
@@ -107,6 +113,7 @@ class AdapterFineTuneModule(LightningModule):
         self.revision = revision
         self.attn_implementation = attn_implementation
         self.max_new_tokens = max_new_tokens
+        self.model_loss = ModelLoss(loss)
         self._tokenizer = tokenizer
         self._built = False
         self._adapters_checked = False
@@ -131,6 +138,7 @@ class AdapterFineTuneModule(LightningModule):
                 "revision": revision,
                 "attn_implementation": attn_implementation,
                 "max_new_tokens": max_new_tokens,
+                "loss": loss,
             }
         )
 
@@ -202,10 +210,12 @@ class AdapterFineTuneModule(LightningModule):
             batch: ``input_ids``, ``attention_mask`` and ``labels``, all (batch, time) int64.
             count_correct: Whether to count the tokens that the model ranks first.
         """
-        output = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
-        return token_loss(output.logits, batch["labels"], count_correct)
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "use_cache": False,
+        }
+        return self.model_loss(self.model, inputs, batch["labels"], count_correct)
 
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed negative log likelihood (nats) and the number of trained tokens."""
@@ -234,7 +244,9 @@ class AdapterFineTuneModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make sure, once, that no adapter is bypassed."""
         if not self._adapters_checked:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+            if "logits_to_keep" in signature(self.model.forward).parameters:
+                inputs["logits_to_keep"] = 1  # all of them could be the peak of the run
             check_adapters_fire(self.model, {**inputs, "use_cache": False})
             self._adapters_checked = True
             self.window.start()
