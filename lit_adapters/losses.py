@@ -155,24 +155,36 @@ class _Chunked(Function):
         correct = targets.new_zeros(())
         W = weight.to(dtype)  # once, not for each chunk
         b = None if bias is None else bias.to(dtype)
+        # The memory of all chunks: new pages for each would cost a small model half its time.
+        shape = (min(chunk, len(hidden)), len(weight))
+        products = torch.empty(shape, dtype=dtype, device=hidden.device)
+        exacts = products if dtype == exact else torch.empty_like(products, dtype=exact)
+        bends = torch.empty_like(exacts) if softcap is not None and any(wanted) else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
-                rows = slice(start, start + chunk)
-                x = hidden[rows].to(dtype)
-                target = targets[rows, None]
-                scores = F.linear(x, W, b).to(exact)
+                x = hidden[start : start + chunk].to(dtype)
+                target = targets[start : start + chunk, None]
+                product, scores = products[: len(x)], exacts[: len(x)]
+                bend = None if bends is None else bends[: len(x)]
+                if b is None:
+                    torch.mm(x, W.T, out=product)
+                else:
+                    torch.addmm(b, x, W.T, out=product)
+                if dtype != exact:
+                    scores.copy_(product)
                 if scale != 1.0:
                     scores.mul_(scale)
-                bend = None
                 if softcap is not None:
-                    bend = scores.div_(softcap).tanh_().clone() if any(wanted) else scores.tanh_()
+                    scores.div_(softcap).tanh_()
+                    if bend is not None:
+                        bend.copy_(scores)
                     scores.mul_(softcap)
                 if count_correct:
                     correct += (scores.argmax(-1, keepdim=True) == target).sum()
                 top = scores.amax(-1, keepdim=True)
                 picked = scores.gather(1, target) - top
                 total = scores.sub_(top).exp_().sum(-1, keepdim=True)
-                nll[rows] = (total.log() - picked).squeeze(1)
+                nll[start : start + chunk] = (total.log() - picked).squeeze(1)
                 if not any(wanted):
                     continue
                 # softmax minus one-hot, through tanh and scale
@@ -182,9 +194,10 @@ class _Chunked(Function):
                     slope.mul_(bend.square_().neg_().add_(1))
                 if scale * unit != 1.0:
                     slope.mul_(scale * unit)
-                slope = slope.to(dtype)
+                if dtype != exact:
+                    slope = product.copy_(slope)
                 if to_hidden is not None:
-                    to_hidden[rows] = slope @ W
+                    to_hidden[start : start + chunk] = slope @ W
                 if to_weight is not None and dtype == exact:
                     to_weight.addmm_(slope.T, x)
                 elif to_weight is not None:

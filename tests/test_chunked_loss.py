@@ -241,14 +241,14 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        own = self.weight.untyped_storage().data_ptr()
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor) or function is torch.ops.aten.t.default:
-                continue
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage().data_ptr() == own:
+                continue  # a view of the weight holds nothing
             if tensor.shape[-1:] == (len(self.weight),):
                 self.rows = max(self.rows, tensor.numel() // len(self.weight))
             if tensor.shape == self.weight.shape:
                 self.like_weight.add(tensor.data_ptr())
-        self.like_weight.discard(self.weight.data_ptr())
         return out
 
 
