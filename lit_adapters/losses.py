@@ -107,6 +107,8 @@ def liger_loss(
             "liger-kernel, or leave loss at 'auto', which holds no logits either"
         ) from error
     states, targets = trained_positions(hidden, labels)
+    if len(targets) == 0:  # its kernels divide by the number of tokens
+        return chunked_loss(hidden, weight, labels, bias, softcap, scale)
     if scale != 1.0:  # liger knows none
         states, bias = states * scale, None if bias is None else bias * scale
     fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", softcap=softcap)

@@ -589,6 +589,27 @@ def test_ragged_windows_train_alike(tmp_path, precision, checkpointing, spec):
         assert auto["val/token_accuracy"] == full["val/token_accuracy"]
 
 
+@pytest.mark.parametrize("spec", [LoRA(rank=4), FullFineTuning()], ids=["lora", "full"])
+def test_a_grad_scaler_sees_what_it_saw_before(spec):
+    model = llama()
+    attach(model, spec)
+    shake(model, std=0.02)
+    inputs, labels = model_inputs()
+    found = []
+    for kind in ("full", "auto"):
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        with torch.autocast("cpu", torch.float16):
+            nll = ModelLoss(kind)(model, inputs, labels, count_correct=False).nll
+        scaler.scale(nll / 1024).backward()
+        scaler.unscale_(optimizer)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    for full, auto in zip(*found, strict=True):
+        assert auto.isfinite().all()
+        assert (auto - full).norm() <= 5e-3 * full.norm().clamp(min=1e-5)
+
+
 def test_lora_ga_gradients_of_an_adapted_head_are_those_of_the_full_loss():
     """`step_loss` asks the module for its loss; the head's weight is a leaf of its own there."""
     found = []
@@ -688,6 +709,7 @@ def fake_liger(monkeypatch):
             self.ignore_index, self.reduction, self.softcap = ignore_index, reduction, softcap
 
         def forward(self, lin_weight, _input, target, bias=None):
+            assert len(target), "the kernels divide by the number of tokens"
             logits = F.linear(_input, lin_weight, bias)
             if self.softcap is not None:
                 logits = self.softcap * (logits / self.softcap).tanh()
@@ -714,6 +736,12 @@ def test_liger_gets_what_it_needs(options):
     assert found.tokens == expected.tokens
     leaves = [hidden, weight]
     torch.testing.assert_close(gradients(found.nll, leaves), gradients(expected.nll, leaves))
+
+
+@pytest.mark.usefixtures("fake_liger")
+def test_liger_is_not_asked_about_no_token():
+    hidden, weight, bias, labels = parts()
+    assert liger_loss(hidden, weight, torch.full_like(labels, -100), bias).nll == 0
 
 
 def test_liger_that_is_missing_is_named(monkeypatch):
