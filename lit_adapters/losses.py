@@ -1,6 +1,6 @@
 """Token-level cross entropy, summed: whoever averages knows over what."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+LossKind = Literal["auto", "full", "liger"]
 IGNORE = -100  # label of a position that is not trained
 
 # Bytes of one chunk of fp32 logits: about what the next chunk can take over without new memory on

@@ -1,17 +1,16 @@
 """The loss of a causal language model on a batch, without its logits where the head allows it."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_adapters.attachment import adapters_of, apply_adapters, change_inputs
-from lit_adapters.losses import TokenLoss, chunked_loss, liger_loss, token_loss
-
-Loss = Literal["auto", "full", "liger"]
+from lit_adapters.adapters import adapters_of
+from lit_adapters.attachment import apply_adapters, change_inputs, stand_in
+from lit_adapters.losses import LossKind, TokenLoss, chunked_loss, liger_loss, token_loss
 
 # What configs call a factor of the logits (or its inverse), and the bound of a soft cap.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -32,7 +31,7 @@ class ModelLoss:
         kind: ``auto``; ``full`` for logits at all times; ``liger`` for liger-kernel on a GPU.
     """
 
-    def __init__(self, kind: Loss = "auto") -> None:
+    def __init__(self, kind: LossKind = "auto") -> None:
         if kind not in ("auto", "full", "liger"):
             raise ValueError(f"loss must be 'auto', 'full' or 'liger', got {kind!r}")
         self.kind = kind
@@ -149,7 +148,9 @@ def obstacle(model: nn.Module) -> str | None:
         return f"the output head is adapted by {named}"
     ours = (apply_adapters, change_inputs)
     hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
-    if "forward" in vars(head) or any(hook not in ours for hook in hooks):
+    forward = vars(head).get("forward")
+    is_patched = forward is not None and getattr(forward, "func", None) is not stand_in
+    if is_patched or any(hook not in ours for hook in hooks):
         return "the output head has hooks, which may change what it computes"
     if head._backward_hooks or head._backward_pre_hooks:
         return "the output head has backward hooks, which would not run"

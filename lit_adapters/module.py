@@ -26,8 +26,8 @@ from lit_adapters.guards import (
     check_tokens,
     warn_if_rounded,
 )
-from lit_adapters.losses import TokenLoss
-from lit_adapters.model_loss import Loss, ModelLoss
+from lit_adapters.losses import LossKind, TokenLoss
+from lit_adapters.model_loss import ModelLoss
 from lit_adapters.optim import (
     fuse,
     hold_ratios,
@@ -94,7 +94,7 @@ class AdapterFineTuneModule(LightningModule):
         revision: str | None = None,
         attn_implementation: str | None = None,
         max_new_tokens: int = 128,
-        loss: Loss = "auto",
+        loss: LossKind = "auto",
     ) -> None:
         super().__init__()
         self.base = base if isinstance(base, str) else None

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any, cast, get_args
 
 from lit_adapters.adapters import METHODS, AdapterSpec
+from lit_adapters.losses import LossKind
 from lit_adapters.optim.schedule import Decay
 
 
@@ -44,6 +45,7 @@ def trusted_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(saved.get("adapter"), Mapping):
         plain["adapter"] = spec_to_plain(spec_from_plain(saved["adapter"]))
-    if saved.get("lr_scheduler") in get_args(Decay):
-        plain["lr_scheduler"] = saved["lr_scheduler"]
+    for key, allowed in {"lr_scheduler": Decay, "loss": LossKind}.items():
+        if saved.get(key) in get_args(allowed):
+            plain[key] = saved[key]
     return plain

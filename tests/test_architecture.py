@@ -44,6 +44,7 @@ FLOORS = {
     "callbacks/": 5,
     "evaluation.py": 5,
     "generation.py": 5,
+    "model_loss.py": 5,
     "suggestions.py": 6,
     "cli.py": 6,
     "commands.py": 6,
@@ -55,9 +56,10 @@ FACE = "__init__.py"  # the root's: above every floor, imported by nobody inside
 FLOOR_ONE_EXTRAS = {
     "weights/": {"transformers.pytorch_utils", "bitsandbytes"},
     "data/": {"datasets"},  # only to read a data set of the hub
+    "losses.py": {"liger_kernel"},
 }
 # Imports inside functions: packages that may be absent, or that few runs need and all wait for.
-OPTIONAL = {"bitsandbytes", "datasets"}
+OPTIONAL = {"bitsandbytes", "datasets", "liger_kernel"}
 LAZY_ENTRY = "__main__.py"  # imports the half of the command line that is asked for
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py", "tools.py"}
 

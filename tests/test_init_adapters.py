@@ -261,7 +261,7 @@ def test_training_is_that_of_a_run_started_by_hand(source, material, tmp_path, m
     base, data = material
     taken = spy(monkeypatch)
     seed_everything(7, verbose=False)
-    module, seen = ours(base), Seen()
+    module, seen = ours(base, loss="full"), Seen()
     callback = InitAdapters(LoRAGA(), batches=3)
     # An epoch and some: the order of the second depends on what the first left behind.
     trainer = make_trainer(tmp_path, [callback, seen], max_steps=9, max_epochs=-1)
@@ -272,7 +272,7 @@ def test_training_is_that_of_a_run_started_by_hand(source, material, tmp_path, m
     model, again = base(), Seen()
     attach(model, SPEC)
     initialise(model, LoRAGA(), taken)
-    by_hand = ours(model)
+    by_hand = ours(model, loss="full")
     trainer = make_trainer(tmp_path, [again], max_steps=9, max_epochs=-1)
     trainer.fit(by_hand, SOURCES[source](data()))
     assert len(seen.batches) == 9
