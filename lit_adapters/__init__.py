@@ -16,7 +16,12 @@ if TYPE_CHECKING:
         start_from_text,
     )
     from lit_adapters.attachment import attach, check_adapters_fire, detach, merge
-    from lit_adapters.callbacks import AdapterCheckpoint, InitAdapters, SampleGenerations
+    from lit_adapters.callbacks import (
+        AdapterCheckpoint,
+        GaLore,
+        InitAdapters,
+        SampleGenerations,
+    )
     from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
     from lit_adapters.export import export_merged, export_peft
     from lit_adapters.initialisation import initialise
@@ -38,7 +43,7 @@ _HOMES = {
         "start_from_text",
     ],
     "lit_adapters.attachment": ["attach", "check_adapters_fire", "detach", "merge"],
-    "lit_adapters.callbacks": ["AdapterCheckpoint", "InitAdapters", "SampleGenerations"],
+    "lit_adapters.callbacks": ["AdapterCheckpoint", "GaLore", "InitAdapters", "SampleGenerations"],
     "lit_adapters.datamodule": ["AlpacaDataModule", "InstructionDataModule"],
     "lit_adapters.export": ["export_merged", "export_peft"],
     "lit_adapters.initialisation": ["initialise"],
@@ -55,6 +60,7 @@ __all__ = [
     "AlpacaDataModule",
     "DoRA",
     "FullFineTuning",
+    "GaLore",
     "Gaussian",
     "InitAdapters",
     "InstructionDataModule",

@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_adapters.adapters import Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.optim import SHADOW
 
 SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billions of weights
 
@@ -16,8 +17,8 @@ SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billio
 def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> str:
     """Digest of the model's own weights, the same with or without adapters.
 
-    Covers name, shape and 16 evenly spaced values of every floating-point parameter. Returns two
-    digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
+    Covers name, shape and 16 evenly spaced values of every floating-point parameter, GaLore's
+    shadows left out, which come and go. Returns two digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
     is recognised in whichever precision it was loaded; compare with `same_base`. Of the base's own
     parameters that are trained, only name and shape are covered; rows added for new tokens are not.
 
@@ -31,7 +32,8 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in adapters or not parameter.is_floating_point():
+        passing = id(parameter) in adapters or name.rpartition(".")[2] == SHADOW
+        if passing or not parameter.is_floating_point():
             continue
         own = parameter.detach()[: sizes.get(id(parameter))]
         values = own.flatten()

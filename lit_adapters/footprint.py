@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_adapters.adapters import Adapter
+from lit_adapters.optim import SHADOW
 
 with suppress(ImportError):  # absent on Windows
     import resource
@@ -31,7 +32,8 @@ class Footprint:
 
 def footprint(model: nn.Module) -> Footprint:
     """Measure ``model``; the adapter is what is trained, and pinned origins; ties count once."""
-    everything = list(model.parameters())
+    named = model.named_parameters()
+    everything = [p for name, p in named if name.rpartition(".")[2] != SHADOW]  # workspace
     own = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     adapter_bytes = sum(p.nbytes for p in everything if p.requires_grad or id(p) in own)
     return Footprint(

@@ -8,13 +8,17 @@ from torch import Tensor, nn
 
 from lit_adapters.adapters import METHOD
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.optim import SHADOW
 
 PATIENCE = 10  # optimizer steps after which a product that is still zero will stay so
 
 
 def warn_if_rounded(model: nn.Module) -> None:
     """Warn when what is trained is kept in less than fp32, as in full fine-tuning in bf16-true."""
-    rounded = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
+    # GaLore rounds the weights that it projects stochastically, which loses nothing on average.
+    sound = {id(m.weight) for m in model.modules() if SHADOW in m._parameters}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in sound]
+    rounded = {p.dtype for p in trained} - {torch.float32}
     if rounded:
         warnings.warn(
             f"what is trained is kept in {', '.join(map(str, rounded))}, where most steps of a "

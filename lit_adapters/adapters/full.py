@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec
 from lit_adapters.adapters.fields import read_field
+from lit_adapters.optim import SHADOW
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ class TrainedLayer(Adapter):
 
     def trained(self, layer: nn.Module) -> list[nn.Parameter]:
         """Return all parameters of ``layer`` itself."""
-        return list(layer.parameters(recurse=False))
+        named = layer.named_parameters(recurse=False)
+        return [parameter for name, parameter in named if name != SHADOW]
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
-        """Return all parameters of ``layer`` itself."""
-        return dict(layer.named_parameters(recurse=False))
+        """Return all parameters of ``layer`` itself; GaLore's stand-in for one is none."""
+        named = layer.named_parameters(recurse=False)
+        return {name: parameter for name, parameter in named if name != SHADOW}
 
     @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -1,10 +1,12 @@
 """Lightning callbacks.
 
-AdapterCheckpoint, InitAdapters and RunReport work with any LightningModule that holds adapters;
+AdapterCheckpoint, InitAdapters and RunReport work with any LightningModule that holds adapters,
+GaLore with any at all;
 SampleGenerations and PredictionWriter need the model, tokenizer and data of this library.
 """
 
 from lit_adapters.callbacks.checkpoint import AdapterCheckpoint
+from lit_adapters.callbacks.galore import GaLore
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.callbacks.predictions import PredictionWriter
 from lit_adapters.callbacks.report import RunReport
@@ -12,6 +14,7 @@ from lit_adapters.callbacks.samples import SampleGenerations
 
 __all__ = [
     "AdapterCheckpoint",
+    "GaLore",
     "InitAdapters",
     "PredictionWriter",
     "RunReport",

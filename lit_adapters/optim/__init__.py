@@ -1,10 +1,16 @@
-"""How adapters are stepped: parameter groups and schedules."""
+"""How parameters are stepped: groups, schedules, and GaLore's projection around an optimizer."""
 
+from lit_adapters.optim.galore import GaLoreEngine
+from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.groups import fuse, hold_ratios, parameter_groups
 from lit_adapters.optim.options import options_of, set_options
 from lit_adapters.optim.schedule import warmup_then
+from lit_adapters.optim.shadow import SHADOW
 
 __all__ = [
+    "SHADOW",
+    "GaLoreEngine",
+    "Projection",
     "fuse",
     "hold_ratios",
     "options_of",

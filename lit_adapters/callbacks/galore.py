@@ -1,0 +1,186 @@
+"""GaLore in a Lightning fit: project gradients around whatever optimizer the module configures."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_adapters.adapters import FullFineTuning
+from lit_adapters.callbacks.checkpoint import adapted_children
+from lit_adapters.optim import GaLoreEngine, Projection
+from lit_adapters.targets import match_targets
+
+
+class GaLore(Callback):
+    """Train full weights with the optimizer state of low-rank ones (arXiv 2403.03507).
+
+    Works with any LightningModule, optimizer and schedule: the targeted weights that it trains are
+    stepped through projected gradients, everything else as ever. In an `AdapterFineTuneModule`,
+    combine it with ``adapter=FullFineTuning()``.
+
+    Gradients are projected during the backward pass and freed, also while they accumulate; the
+    optimizer steps once per accumulation window. ``gradient_clip_val`` clips what is stepped: the
+    projected gradients and those of ordinary parameters, whose norm is a little below that of the
+    full ones. Checkpoints hold the subspaces and counts beside weights and optimizer, as tensors
+    and ints; a run resumed inside a period goes on to the bit.
+
+    In manual optimization a new subspace is chosen in the first backward pass of a window.
+
+    Args:
+        rank: Directions kept of each gradient.
+        update_gap: Optimizer steps between two choices of the subspaces.
+        scale: Factor of every update (the paper's alpha): the rate of projected weights is
+            ``lr * scale``, their decay ``lr * weight_decay``.
+        targets: As in `LoRA`, names being those inside the adapted model if there is one. What
+            among them is not trained, no matrix or too small is left to the optimizer as it is.
+        exclude: Names to leave ordinary, as in `LoRA`.
+        svd: exact, or randomised for a tenth of the time or less; a weight of 4096 x 4096 takes
+            half a minute exactly on one processor core.
+        side: std projects the shorter dimension, reverse_std the longer; full both.
+        moments: What becomes of the optimizer's state at a change of subspace: keep it, as in the
+            paper; reset it; rotate the first moment into the new subspace.
+        min_size: Weights whose shorter side is below this, or below rank, stay ordinary.
+        decay: Whether the optimizer's weight decay is AdamW's (decoupled) or SGD's (coupled); auto
+            knows the usual optimizers.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        update_gap: int = 200,
+        scale: float = 0.25,
+        targets: str | list[str] = "all-linear",
+        exclude: str | list[str] | None = None,
+        svd: Literal["exact", "randomised"] = "exact",
+        side: Literal["std", "reverse_std", "left", "right", "full"] = "std",
+        moments: Literal["keep", "reset", "rotate"] = "keep",
+        min_size: int = 0,
+        decay: Literal["auto", "decoupled", "coupled"] = "auto",
+    ) -> None:
+        self.settings = Projection(rank, update_gap, scale, side, svd, moments, min_size, decay)
+        self.selection = FullFineTuning(targets=targets, exclude=exclude)
+        self.engine: GaLoreEngine | None = None
+        self._restored: dict[str, Any] | None = None  # a checkpoint's state, read before there is
+        # an engine to take it
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies under which gradients do not arrive whole on one device."""
+        strategy = trainer.strategy
+        if stage != "fit" or isinstance(strategy, SingleDeviceStrategy):
+            return
+        name = type(strategy).__name__
+        if isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                f"GaLore cannot work under {name}: FSDP flattens weights into shards, so that no "
+                "matrix has a gradient of its own to project. Train on one device, or sharded with "
+                "LoRA"
+            )
+        raise ValueError(
+            f"GaLore works on one device, not yet under {name}: its subspaces would have to be "
+            "chosen from the gradients of all ranks. Set devices=1, or train with LoRA"
+        )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap the weights in the optimizer; its state and ours are restored later or were read."""
+        self._remove()
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"GaLore works around one optimizer, and {type(pl_module).__name__} configures "
+                f"{len(trainer.optimizers)}; give one of them all parameters, in groups"
+            )
+        roots = list(adapted_children(pl_module).values())
+        model = roots[0] if len(roots) == 1 else pl_module
+        layers = {name: model.get_submodule(name) for name in match_targets(model, self.selection)}
+        self.engine = GaLoreEngine(layers, trainer.optimizers[0], self.settings)
+        self.engine.active = False
+        if self._restored is not None:
+            self.engine.load_state_dict(self._restored)
+            self._restored = None
+        self._report(trainer, model)
+
+    def _report(self, trainer: Trainer, model: nn.Module) -> None:
+        assert self.engine is not None
+        projected = self.engine.projected.values()
+        whole = sum(one.weight.numel() for one in projected)
+        kept = sum(one.shadow.numel() for one in projected)
+        rank_zero_info(
+            f"GaLore: {len(projected)} weights of {whole:,} elements are stepped as {kept:,}"
+            + "".join(f"; {name} {reason}" for name, reason in self.engine.ordinary.items())
+        )
+
+    # --- while training --------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on gradients and steps are training's."""
+        if self.engine:
+            self.engine.active = True
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Tell whether this is the last backward pass before the step."""
+        if self.engine:
+            automatic = pl_module.automatic_optimization
+            self.engine.accumulating = automatic and trainer.fit_loop._should_accumulate()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete gradients that only earlier batches of the window had.
+
+        Before a GradScaler looks at them.
+        """
+        if self.engine and not self.engine.accumulating:
+            self.engine.finish_window()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """The same if the window's last batch was skipped, before gradients are clipped."""
+        if self.engine:
+            self.engine.finish_window()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave gradients and steps alone again."""
+        if self.engine:
+            self.engine.active = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was, trained; the state can still be saved."""
+        self._remove()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no shadow for the next fit to train."""
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.engine:
+            self.engine.remove()
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return subspaces and counts: tensors and ints."""
+        return self.engine.state_dict() if self.engine else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the engine is there."""
+        if self.engine and self.engine.attached:
+            self.engine.load_state_dict(state_dict)
+        else:
+            self._restored = state_dict
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Refuse the checkpoint of a run without GaLore: its optimizer steps other shapes."""
+        if trainer.state.fn == "fit" and not checkpoint.get("callbacks", {}).get(self.state_key):
+            raise ValueError(
+                "the checkpoint was written without GaLore, so its optimizer state does not fit "
+                "the projected gradients; resume it without GaLore, or start a new fit from its "
+                "weights"
+            )

@@ -1,0 +1,297 @@
+"""GaLore: full weights trained through low-rank gradients, around any optimizer.
+
+Each projected weight is replaced in the optimizer by a *shadow* of rank ``r`` that is zero between
+steps. Gradients are projected into ``shadow.grad`` as they arrive and freed; what the optimizer
+makes of the shadow in its step is projected back and added to the weight (arXiv 2403.03507).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_adapters.optim.decay import check_suited, decay_of, packs_moments
+from lit_adapters.optim.galore_settings import Projection
+from lit_adapters.optim.projection import Projector, rotate, subspace
+from lit_adapters.optim.shadow import Shadowed, why_ordinary
+
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # linear in the gradient, so they can be rotated
+
+
+class GaLoreEngine:
+    """Project the weights of ``layers`` in ``optimizer`` from now on.
+
+    Build it after the optimizer (and its schedule), before the first step. Then train as ever. When
+    gradients accumulate over several backward passes, set `accumulating` to True before all but the
+    last: a change of subspace waits for the whole gradient.
+
+    - Clipping and loss scaling act on what is stepped: the shadows' gradients and the ordinary
+      ones.
+    - A gradient that is not finite leaves the subspace as it is; the change is made up for later.
+    - The engine does the weight decay of its weights, at the optimizer's present ``lr`` and
+      ``weight_decay``: after the update if decoupled (``W *= 1 - lr * weight_decay``), else by
+      adding ``weight_decay * project(W)`` to the shadow's gradient just before the step.
+    - Shadows are fp32 for weights in bf16, and so are the optimizer's moments. There the weight is
+      updated and decayed in fp32 and rounded stochastically, once a step: rounding to the nearest
+      would lose most small updates. Random bits depend on seed, name and step alone.
+    - Steps without a new gradient, such as torch makes to build an optimizer's state, change
+      nothing.
+
+    Args:
+        layers: The layers whose ``weight`` is meant, by name; a tied weight counts once.
+        optimizer: Any that steps by its gradients alone. Its groups stay as many as they are.
+        settings: How to project.
+        seed: Of random choices; the global seed if null.
+
+    Attributes:
+        projected: What is projected, by name of the layer.
+        ordinary: Why the other weights are not.
+        active: While False, gradients and steps are left alone.
+        accumulating: Whether more backward passes follow before the next step.
+
+    Raises:
+        ValueError: if nothing can be projected, the optimizer is unsuited or has begun, or a weight
+            is fp16. Nothing is then changed.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        optimizer: Optimizer,
+        settings: Projection,
+        seed: int | None = None,
+    ) -> None:
+        check_suited(optimizer)
+        if settings.moments != "keep" and packs_moments(optimizer):
+            raise ValueError(
+                f"moments={settings.moments!r} needs moments that can be read, and "
+                f"{type(optimizer).__name__} packs them; take moments='keep'"
+            )
+        self.decay = decay_of(optimizer) if settings.decay == "auto" else settings.decay
+        self.settings = settings
+        self.optimizer = optimizer
+        self.seed = torch.initial_seed() if seed is None else seed
+        self.active = True
+        self.accumulating = False
+        self._arrived = False  # whether a gradient came since the last step
+        chosen, self.ordinary = _choose_layers(layers, optimizer, settings)
+        self.projected = {name: Shadowed(name, layer, settings) for name, layer in chosen.items()}
+        for group in optimizer.param_groups:
+            shadows = {id(one.weight): one.shadow for one in self.projected.values()}
+            group["params"] = [shadows.get(id(p), p) for p in group["params"]]
+        self._hooks = [
+            *(
+                one.weight.register_post_accumulate_grad_hook(partial(self._take, one))
+                for one in self.projected.values()
+            ),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is at work on the model, that is, was not removed."""
+        return bool(self._hooks)
+
+    def remove(self) -> None:
+        """Take shadows and hooks off the model. State can still be saved; steps are over."""
+        self.active = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for one in self.projected.values():
+            one.remove()
+
+    # --- gradients -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take(self, one: Shadowed, weight: Tensor) -> None:
+        """Project the gradient that has just arrived, and free it."""
+        if not self.active or weight.grad is None:
+            return
+        gradient, weight.grad = weight.grad, None
+        if gradient.is_sparse:
+            raise TypeError(
+                f"the gradient of {one.name!r} is sparse, which GaLore cannot project; build the "
+                "embedding with sparse=False, or leave it out"
+            )
+        self._arrived = True
+        if not one.due:
+            one.add_gradient(one.projected(gradient))
+            return
+        if one.kept is None or one.shadow.grad is None:  # or `zero_grad` began the window anew
+            one.kept = gradient
+            one.shadow.grad = torch.zeros_like(one.shadow)
+        else:
+            one.kept.add_(gradient)
+        if not self.accumulating:
+            self._choose_subspace(one, one.kept)
+
+    def finish_window(self) -> None:
+        """Choose the subspaces that are still due, if the last backward pass missed some weights.
+
+        To be called before clipping or unscaling; the optimizer's step does it at the latest.
+        """
+        for one in self.projected.values():
+            if one.kept is not None and one.shadow.grad is not None:
+                self._choose_subspace(one, one.kept)
+
+    @torch.no_grad()
+    def _choose_subspace(self, one: Shadowed, gradient: Tensor) -> None:
+        """Choose the subspace from the gradient of a whole window, and project that."""
+        one.kept = one.shadow.grad = None
+        old, how = one.projector, self.settings
+        if gradient.isfinite().all():
+            generator = torch.Generator().manual_seed(self._seed(one))
+            with torch.autocast(gradient.device.type, enabled=False):
+                new = subspace(gradient.flatten(1), how.rank, how.side, how.svd, generator)
+            one.projector, one.age = new, 0
+            if old is not None:
+                self._carry_over(one, old, new)
+        if one.projector is not None:
+            one.add_gradient(one.projected(gradient))
+        else:  # whoever looks at gradients before the step is to see it
+            one.add_gradient(torch.full_like(one.shadow, torch.nan))
+
+    def _carry_over(self, one: Shadowed, old: Projector, new: Projector) -> None:
+        """Fit the optimizer's state to another subspace."""
+        if self.settings.moments == "reset":
+            self.optimizer.state.pop(one.shadow, None)
+        elif self.settings.moments == "rotate":
+            state = self.optimizer.state.get(one.shadow, {})
+            for key in FIRST_MOMENTS:
+                if isinstance(state.get(key), Tensor):
+                    state[key].copy_(rotate(state[key], old, new))
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Have the shadows' gradients complete when the optimizer reads them.
+
+        A closure makes the gradients inside the step (Lightning's also clips them), so what has to
+        follow them goes into the closure.
+        """
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], partial(self._complete_after, args[1]), *args[2:]), kwargs
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": partial(self._complete_after, kwargs["closure"])}
+        self._complete()
+        return None
+
+    def _complete_after(self, closure: Callable[[], Any]) -> Any:
+        result = closure()
+        self._complete()
+        return result
+
+    @torch.no_grad()
+    def _complete(self) -> None:
+        if not (self.active and self._arrived):
+            return
+        self.finish_window()
+        if self.decay == "decoupled":
+            return
+        # A fused step undoes the loss scaling itself, after this.
+        unit = getattr(self.optimizer, "grad_scale", None)
+        for one, group in self._stepped():
+            decay = float(group.get("weight_decay") or 0)
+            if decay and one.projector is not None:
+                R = one.projected(one.weight.detach())
+                sign = -1 if group.get("maximize") else 1
+                one.add_gradient((R if unit is None else R * unit).mul_(sign * decay))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Move what the optimizer did to the shadows into the weights."""
+        if not (self.active and self._arrived):
+            return
+        self._arrived = False
+        overflow = getattr(optimizer, "found_inf", None)  # of a fused step, which did nothing then
+        if overflow is not None and overflow.item():
+            return
+        for one, group in self._stepped():
+            decay = float(group.get("weight_decay") or 0) if self.decay == "decoupled" else 0.0
+            one.move_weight(1 - float(group["lr"]) * decay if decay else 1.0, self._seed(one))
+            one.steps += 1
+            one.age += 1
+
+    def _stepped(self) -> Iterator[tuple[Shadowed, dict[str, Any]]]:
+        """Yield the weights that step, each with its parameter group of now.
+
+        Groups are looked up every time: loading an optimizer's state replaces them.
+        """
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for one in self.projected.values():
+            if one.shadow.grad is not None:
+                yield one, groups[id(one.shadow)]
+
+    def _seed(self, one: Shadowed) -> int:
+        digest = hashlib.sha256(f"{self.seed}:{one.name}:{one.steps}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return subspaces and counts: tensors and ints."""
+        weights = {name: one.state() for name, one in self.projected.items()}
+        return {"seed": self.seed, "update_gap": self.settings.update_gap, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ``update_gap`` and ``scale`` stay this run's.
+
+        Raises:
+            ValueError: if other weights were projected, or to another rank or side. Nothing is then
+                changed.
+        """
+        weights = state["weights"]
+        odd = sorted(weights.keys() ^ self.projected.keys())
+        if odd:
+            raise ValueError(
+                f"the saved state of GaLore is of other weights: {odd[0]!r} (and {len(odd) - 1} "
+                "more) is projected only there or only here; give the same targets, exclude, rank "
+                "and min_size"
+            )
+        found = {name: one.checked(weights[name]) for name, one in self.projected.items()}
+        self.seed = state["seed"]
+        for name, one in self.projected.items():
+            one.projector, one.kept = found[name], None
+            one.steps, one.age = weights[name]["steps"], weights[name]["age"]
+
+
+def _choose_layers(
+    layers: Mapping[str, nn.Module], optimizer: Optimizer, settings: Projection
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return the layers to project, and why the others are not."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    chosen: dict[str, nn.Module] = {}
+    ordinary: dict[str, str] = {}
+    owners: dict[int, str] = {}  # of the weights chosen
+    for name, layer in layers.items():
+        reason = why_ordinary(layer, stepped, settings)
+        if id(layer._parameters.get("weight")) in owners:
+            reason = f"is that of {owners[id(layer.weight)]!r}"
+        if reason:
+            ordinary[name] = reason
+            continue
+        weight = layer.get_parameter("weight")
+        if optimizer.state.get(weight):
+            raise ValueError(
+                f"the optimizer has state for {name!r} already, of the full size; GaLore must be "
+                "there before the first step, and around an optimizer that makes its state in the "
+                "step, not when it is built as Adagrad does"
+            )
+        owners[id(weight)] = name
+        chosen[name] = layer
+    if not chosen:
+        listed = "; ".join(f"{name!r} {why}" for name, why in list(ordinary.items())[:3])
+        raise ValueError(
+            f"GaLore can project none of the {len(layers)} weights meant: {listed}. It projects "
+            "matrices that are trained and in the optimizer (in an AdapterFineTuneModule with "
+            "adapter=FullFineTuning()); widen targets, or lower rank or min_size"
+        )
+    return chosen, ordinary

@@ -1,0 +1,167 @@
+"""The stand-in of a projected weight in its optimizer, and the way back into the weight."""
+
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapters.optim.galore_settings import Projection
+from lit_adapters.optim.projection import Projector, add_back, project, projected_shape, sides
+from lit_adapters.optim.rounding import round_stochastically
+
+SHADOW = "galore"  # what the shadow of ``layer.weight`` is called in its layer
+
+
+@dataclass
+class Shadowed:
+    """A projected weight.
+
+    The shadow is a parameter of the layer, so that it has a name, but no part of any state dict:
+    between steps it is zero.
+    """
+
+    name: str
+    layer: nn.Module
+    settings: Projection
+    weight: nn.Parameter = field(init=False)  # (m, ...), seen as (m, n)
+    shadow: nn.Parameter = field(init=False)  # (m, r), (r, n) or (r, r)
+    projector: Projector | None = None
+    steps: int = 0  # optimizer steps made
+    age: int = 0  # of them, since the subspace was chosen
+    kept: Tensor | None = None  # full gradient of a window that is to choose the subspace
+    _hooks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Register the shadow."""
+        self.weight = self.layer.get_parameter("weight")
+        shape = projected_shape(matrix_shape(self.weight), self.settings.rank, self.settings.side)
+        dtype = torch.float32 if self.weight.dtype == torch.bfloat16 else self.weight.dtype
+        self.shadow = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
+        self.layer.register_parameter(SHADOW, self.shadow)
+        self._hooks = [
+            self.layer.register_state_dict_post_hook(_leave_out),
+            self.layer.register_load_state_dict_post_hook(_do_not_miss),
+        ]
+
+    def remove(self) -> None:
+        """Leave the layer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.kept = [], None
+        self.layer._parameters.pop(SHADOW, None)
+
+    @property
+    def due(self) -> bool:
+        """Whether the subspace is to be chosen anew."""
+        return self.projector is None or self.age >= self.settings.update_gap
+
+    def projected(self, full: Tensor) -> Tensor:
+        """Return a tensor like the weight, projected; autocast has no part in it."""
+        assert self.projector is not None
+        with torch.autocast(full.device.type, enabled=False):
+            return project(full.flatten(1), self.projector).to(self.shadow.dtype)
+
+    def add_gradient(self, R: Tensor) -> None:
+        """Accumulate a projected gradient."""
+        if self.shadow.grad is None:
+            self.shadow.grad = R
+        else:
+            self.shadow.grad.add_(R)
+
+    def move_weight(self, factor: float, seed: int) -> None:
+        """``W = factor * (W + scale * back(shadow))``; the shadow is zero again.
+
+        A weight in bf16 is computed in fp32 and rounded stochastically, once.
+        """
+        weight = self.weight
+        if self.projector is None:  # stepped on a gradient that was not finite: let it show
+            weight.fill_(torch.nan)
+            return
+        rounds = weight.dtype != self.shadow.dtype
+        matrix = (weight.float() if rounds else weight).flatten(1)
+        add_back(matrix, self.shadow, self.projector, self.settings.scale)
+        if factor != 1:
+            matrix.mul_(factor)
+        if rounds:
+            generator = torch.Generator(weight.device).manual_seed(seed)
+            matrix = round_stochastically(matrix, generator)
+        if rounds or weight.ndim > 2:  # flattening may have copied
+            weight.copy_(matrix.view(weight.shape))
+        self.shadow.zero_()
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors and ints."""
+        bases = {} if self.projector is None else self.projector._asdict()
+        present = {side: basis for side, basis in bases.items() if basis is not None}
+        return {"steps": self.steps, "age": self.age, **present}
+
+    def checked(self, state: dict[str, Any]) -> Projector | None:
+        """Return the subspace in a `state`, on the weight's device.
+
+        Raises:
+            ValueError: if it has another rank or side.
+        """
+        found = {side: state[side] for side in Projector._fields if side in state}
+        if not found:
+            return None
+        (rows, columns), rank = matrix_shape(self.weight), self.settings.rank
+        shapes = {"left": (rows, rank), "right": (rank, columns)}
+        wanted = dict(
+            zip(Projector._fields, sides((rows, columns), self.settings.side), strict=True)
+        )
+        expected = {side: shapes[side] for side, needed in wanted.items() if needed}
+        got = {side: tuple(basis.shape) for side, basis in found.items()}
+        if got != expected:
+            raise ValueError(
+                f"GaLore's subspace of {self.name!r} is {got} in the saved state and {expected} "
+                "here; give the same rank and side"
+            )
+        moved = {side: basis.to(self.weight) for side, basis in found.items()}
+        return Projector(moved.get("left"), moved.get("right"))
+
+
+def why_ordinary(layer: nn.Module, stepped: Set[int], settings: Projection) -> str | None:
+    """Return why the weight of a layer cannot be projected; None if it can.
+
+    Args:
+        layer: The layer.
+        stepped: Ids of the parameters in the optimizer.
+        settings: What they are projected to.
+
+    Raises:
+        ValueError: if the layer has a shadow already, or its weight is fp16.
+    """
+    weight = layer._parameters.get("weight")
+    if hasattr(layer, SHADOW):
+        raise ValueError(
+            f"a {type(layer).__name__} has a {SHADOW!r} already; is another GaLore at work on it?"
+        )
+    if weight is None or weight.ndim < 2:
+        return "has no matrix"
+    if not weight.requires_grad:
+        return "is not trained"
+    if id(weight) not in stepped:
+        return "is not in the optimizer"
+    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(
+            f"GaLore cannot train weights kept in {weight.dtype}, where small updates are lost; "
+            "take precision='16-mixed', 'bf16-true' or 'bf16-mixed'"
+        )
+    if min(matrix_shape(weight)) < max(settings.rank, settings.min_size):
+        return f"is too small ({' x '.join(map(str, weight.shape))})"
+    return None
+
+
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """Return (m, n) of a weight seen as a matrix: a convolution is (out, everything else)."""
+    return weight.shape[0], weight[0].numel()
+
+
+def _leave_out(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}{SHADOW}", None)
+
+
+def _do_not_miss(layer: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [k for k in keys.missing_keys if k.rpartition(".")[2] != SHADOW]
