@@ -28,11 +28,13 @@ def parsed(capsys, *configs: Path, more: tuple[str, ...] = ()) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def holds(whole: dict, part: dict) -> bool:
-    return all(
-        holds(whole[key], value) if isinstance(value, dict) else whole[key] == value
-        for key, value in part.items()
-    )
+def holds(whole: object, part: object) -> bool:
+    """Whether everything that ``part`` says is said by ``whole`` too, beside defaults."""
+    if isinstance(part, dict):
+        return all(holds(whole[key], value) for key, value in part.items())
+    if isinstance(part, list) and isinstance(whole, list) and len(whole) == len(part):
+        return all(map(holds, whole, part))
+    return whole == part
 
 
 def test_there_are_overlays():
@@ -43,6 +45,7 @@ def test_there_are_overlays():
 def test_every_method_has_a_config_and_the_settings_of_its_paper():
     assert {"dora", "pissa", "lora_ga", "olora", "rslora", "lora_plus"} < set(METHODS)
     assert {"lora", "llama_adapter", "prefix", "full", "milora"} < set(METHODS)
+    assert {"galore", "galore_8bit"} < set(METHODS)
     assert sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml")) == METHODS
 
 
@@ -59,6 +62,7 @@ def test_the_paper_s_settings_compose_with_method_and_base(capsys, method):
     assert holds(found, yaml.safe_load((CONFIGS / stack[-1]).read_text()))
     own = yaml.safe_load((CONFIGS / stack[0]).read_text())
     assert found["model"]["adapter"]["class_path"] == own["model"]["adapter"]["class_path"]
+    assert found["model"]["optimizer"]["class_path"] == own["model"]["optimizer"]["class_path"]
     start = parsed(capsys, CONFIGS / stack[0])["init"]["initialiser"]
     assert found["init"]["initialiser"] == start
     assert found["model"]["base"] == "mistralai/Mistral-7B-v0.3"
@@ -72,10 +76,22 @@ def test_configs_differ_in_the_method_and_its_rate_alone(method):
     for config in (plain, own):
         config.pop("init", None)
         config["trainer"].pop("default_root_dir")
-        config["model"]["optimizer"]["init_args"].pop("lr")
+        config["trainer"].pop("callbacks", None)
+        config["model"]["optimizer"].pop("class_path")
+        for setting in ("lr", "min_8bit_size"):
+            config["model"]["optimizer"]["init_args"].pop(setting, None)
         config["model"].pop("adapter")
         config["model"].pop("lora_plus_ratio", None)
     assert own == plain
+
+
+@pytest.mark.parametrize("base", [o for o in OVERLAYS if o.startswith("base/")])
+def test_a_base_keeps_the_method_s_optimizer_and_callbacks(capsys, base):
+    own = parsed(capsys, CONFIGS / "alpaca_galore_8bit.yaml")
+    found = parsed(capsys, CONFIGS / "alpaca_galore_8bit.yaml", CONFIGS / base)
+    assert found["model"]["optimizer"]["class_path"] == "bitsandbytes.optim.AdamW8bit"
+    assert found["trainer"]["callbacks"] == own["trainer"]["callbacks"]
+    assert [c["class_path"] for c in own["trainer"]["callbacks"]] == ["lit_adapters.GaLore"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

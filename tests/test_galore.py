@@ -772,9 +772,10 @@ def test_an_unknown_optimizer_that_decays_must_say_how():
                 for p in group["params"]:
                     p -= group["lr"] * p.grad
 
-    def build(decay, **how):
+    def build(weight_decay, **how):
         model = chain_of((20, 8))
-        return engine_for(model, Own(model.parameters(), lr=0.1, weight_decay=decay), rank=2, **how)
+        optimizer = Own(model.parameters(), lr=0.1, weight_decay=weight_decay)
+        return engine_for(model, optimizer, rank=2, **how)
 
     with pytest.raises(ValueError, match="Own.*decay='decoupled'"):
         build(0.1)
