@@ -38,8 +38,8 @@ class GaLore(Callback):
         targets: As in `LoRA`, names being those inside the adapted model if there is one. What
             among them is not trained, no matrix or too small is left to the optimizer as it is.
         exclude: Names to leave ordinary, as in `LoRA`.
-        svd: exact, or randomised for a tenth of the time or less; a weight of 4096 x 4096 takes
-            half a minute exactly on one processor core.
+        svd: exact, or randomised, which for ranks far below the weight's takes a tenth of the time;
+            a weight of 4096 x 4096 takes half a minute exactly on one processor core.
         side: std projects the shorter dimension, reverse_std the longer; full both.
         moments: What becomes of the optimizer's state at a change of subspace: keep it, as in the
             paper; reset it; rotate the first moment into the new subspace.
@@ -64,8 +64,8 @@ class GaLore(Callback):
         self.settings = Projection(rank, update_gap, scale, side, svd, moments, min_size, decay)
         self.selection = FullFineTuning(targets=targets, exclude=exclude)
         self.engine: GaLoreEngine | None = None
-        self._restored: dict[str, Any] | None = None  # a checkpoint's state, read before there is
-        # an engine to take it
+        # A checkpoint's state, which is read before there is an engine to take it.
+        self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies under which gradients do not arrive whole on one device."""
