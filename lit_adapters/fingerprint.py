@@ -17,10 +17,11 @@ SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billio
 def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> str:
     """Digest of the model's own weights, the same with or without adapters.
 
-    Covers name, shape and 16 evenly spaced values of every floating-point parameter, GaLore's
-    shadows left out, which come and go. Returns two digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
+    Covers name, shape and 16 evenly spaced values of every floating-point parameter. Returns two
+    digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
     is recognised in whichever precision it was loaded; compare with `same_base`. Of the base's own
-    parameters that are trained, only name and shape are covered; rows added for new tokens are not.
+    parameters that are trained, only name and shape are covered; rows added for new tokens and
+    GaLore's shadows, which come and go, are not.
 
     Args:
         model: With or without adapters.

@@ -18,7 +18,7 @@ class Projection:
         update_gap: Optimizer steps between two choices of the subspace.
         scale: Factor of every update (the paper's alpha); weight decay does not know it.
         side: ``std`` projects the shorter dimension, ``reverse_std`` the longer; ``full`` both.
-        svd: ``randomised`` finds the subspace in a tenth of the time, for ranks far below the weight's.
+        svd: ``randomised`` takes a tenth of the time, for ranks far below the weight's.
         moments: What becomes of the optimizer's state when the subspace changes: keep it, as the
             paper does, start anew, or rotate the first moment into the new subspace.
         min_size: Weights whose shorter side is below this stay ordinary; so do, always, those whose
