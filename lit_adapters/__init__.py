@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lit_adapters.initialisers import Gaussian, Kaiming, LoRAGA, MiLoRA, OLoRA, PiSSA
     from lit_adapters.io import load_adapter, save_adapter
     from lit_adapters.module import AdapterFineTuneModule
+    from lit_adapters.quantization import BitsAndBytes
 
 
 # Public names by the module that defines them. Resolved on first use, so that `--help` and a plain
@@ -45,6 +46,7 @@ _HOMES = {
     "lit_adapters.initialisers": ["Gaussian", "Kaiming", "LoRAGA", "MiLoRA", "OLoRA", "PiSSA"],
     "lit_adapters.io": ["load_adapter", "save_adapter"],
     "lit_adapters.module": ["AdapterFineTuneModule"],
+    "lit_adapters.quantization": ["BitsAndBytes"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -53,6 +55,7 @@ __all__ = [
     "AdapterFineTuneModule",
     "AdapterSet",
     "AlpacaDataModule",
+    "BitsAndBytes",
     "DoRA",
     "FullFineTuning",
     "Gaussian",

@@ -37,6 +37,7 @@ FLOORS = {
     "saved_settings.py": 4,
     "trained_state.py": 4,
     "base_model.py": 4,
+    "quantization.py": 4,
     "adapter_set.py": 5,
     "export.py": 5,
     "module.py": 5,

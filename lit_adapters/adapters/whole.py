@@ -12,6 +12,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.adapters.base import Adapter, Part
+from lit_adapters.weights import is_plain
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class WholeModules(Part):
         """Whether ``layer`` can be called and has parameters, all of them floating-point."""
         parameters = list(layer.parameters())
         is_called = not isinstance(layer, nn.ModuleList | nn.ModuleDict | nn.ParameterList)
+        if not all(is_plain(module) for module in layer.modules()):
+            return False  # packed in whichever data type
         return is_called and bool(parameters) and all(p.is_floating_point() for p in parameters)
 
     def select(self, names: list[str]) -> list[str]:
