@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
     from lit_adapters.export import export_merged, export_peft
     from lit_adapters.initialisation import initialise
-    from lit_adapters.initialisers import Gaussian, Kaiming, LoRAGA, MiLoRA, OLoRA, PiSSA
+    from lit_adapters.initialisers import (
+        Gaussian,
+        Kaiming,
+        LoftQ,
+        LoRAGA,
+        MiLoRA,
+        OLoRA,
+        PiSSA,
+        QPiSSA,
+    )
     from lit_adapters.io import load_adapter, save_adapter
     from lit_adapters.module import AdapterFineTuneModule
     from lit_adapters.quantization import BitsAndBytes
@@ -43,7 +52,16 @@ _HOMES = {
     "lit_adapters.datamodule": ["AlpacaDataModule", "InstructionDataModule"],
     "lit_adapters.export": ["export_merged", "export_peft"],
     "lit_adapters.initialisation": ["initialise"],
-    "lit_adapters.initialisers": ["Gaussian", "Kaiming", "LoRAGA", "MiLoRA", "OLoRA", "PiSSA"],
+    "lit_adapters.initialisers": [
+        "Gaussian",
+        "Kaiming",
+        "LoRAGA",
+        "LoftQ",
+        "MiLoRA",
+        "OLoRA",
+        "PiSSA",
+        "QPiSSA",
+    ],
     "lit_adapters.io": ["load_adapter", "save_adapter"],
     "lit_adapters.module": ["AdapterFineTuneModule"],
     "lit_adapters.quantization": ["BitsAndBytes"],
@@ -65,10 +83,12 @@ __all__ = [
     "LLaMAAdapter",
     "LoRA",
     "LoRAGA",
+    "LoftQ",
     "MiLoRA",
     "OLoRA",
     "PiSSA",
     "PrefixTuning",
+    "QPiSSA",
     "SampleGenerations",
     "__version__",
     "attach",

@@ -40,7 +40,7 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
         id(p): m for m in model.modules() for n, p in m.named_parameters(recurse=False)
         if n == "weight" and is_adaptable(m) and not is_lookup(m)
     }  # fmt: skip
-    whole, rest = _Digests(), _Digests()
+    whole, rest = Digests(), Digests()
     for name, parameter in model.named_parameters():
         matrix = owners.get(id(parameter))
         if matrix is not None:
@@ -48,31 +48,38 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
         if id(parameter) in adapters or not parameter.is_floating_point():
             continue
         own = parameter.detach()[: sizes.get(id(parameter))]
-        values = own.flatten()
-        count = 0 if id(parameter) in moving else SAMPLES
-        sample = values[spaced(len(values), count)].cpu()
+        sample = sampled(own, 0 if id(parameter) in moving else SAMPLES)
         whole.update(name, own.shape, sample)
         if matrix is None:
             rest.update(name, own.shape, sample)
-    if not all(is_plain(module) for module in model.modules()):
+    written = any(getattr(adapter, "has_taken", False) for *_, adapter in held)
+    if written or not all(is_plain(module) for module in model.modules()):
         return "-".join((PACKED, PACKED, *rest.texts()))
     return "-".join((*whole.texts(), *rest.texts()))
 
 
-class _Digests:
+class Digests:
     """Of names, shapes and values, rounded to bf16 and to fp16."""
 
     def __init__(self) -> None:
         self.by_dtype = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
 
     def update(self, name: str, shape: Sequence[int], sample: torch.Tensor | None = None) -> None:
+        """Add one tensor; ``sample`` are some of its values."""
         for dtype, digest in self.by_dtype.items():
             digest.update(f"{name}{tuple(shape)}".encode())
             if sample is not None:
                 digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
 
     def texts(self) -> list[str]:
+        """Return both, in hexadecimal."""
         return [digest.hexdigest()[:16] for digest in self.by_dtype.values()]
+
+
+def sampled(tensor: torch.Tensor, count: int = SAMPLES) -> torch.Tensor:
+    """Return evenly spaced values of ``tensor``, on the CPU."""
+    values = tensor.flatten()
+    return values[spaced(len(values), count)].cpu()
 
 
 def spaced(length: int, count: int) -> list[int]:
@@ -86,6 +93,11 @@ def same_base(one: str, other: str) -> bool:
     ours, theirs = one.split("-"), other.split("-")
     compared = slice(2, None) if PACKED in (ours[0], theirs[0]) else slice(2)
     return any(a == b for a, b in zip(ours[compared], theirs[compared], strict=False))
+
+
+def same_digest(one: str, other: str) -> bool:
+    """Whether two pairs of `Digests` agree in at least one precision."""
+    return any(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
 def base_name(model: nn.Module) -> tuple[str | None, str]:

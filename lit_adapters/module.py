@@ -35,6 +35,7 @@ from lit_adapters.optim import (
 )
 from lit_adapters.optim.schedule import Decay
 from lit_adapters.quantization import Kind, Quantization
+from lit_adapters.remainders import rewrite_for
 from lit_adapters.saved_settings import (
     quantization_from_plain,
     quantization_to_plain,
@@ -417,6 +418,7 @@ class AdapterFineTuneModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not hold exactly what is trained here."""
         check_trained(self, checkpoint["state_dict"])
+        rewrite_for(self.model, checkpoint["state_dict"], "model.")
 
     def _log_once(self, values: dict[str, float]) -> None:
         if self.trainer.is_global_zero:

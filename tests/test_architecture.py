@@ -38,6 +38,8 @@ FLOORS = {
     "trained_state.py": 4,
     "base_model.py": 4,
     "quantization.py": 4,
+    "dense_weights.py": 4,
+    "remainders.py": 4,
     "adapter_set.py": 5,
     "export.py": 5,
     "module.py": 5,

@@ -543,12 +543,13 @@ class Batches:
         return len(self.batches)
 
 
-def fit(module, folder, precision="32-true", steps=4, **more):
+def fit(module, folder, precision="32-true", steps=4, callbacks=(), **more):
     seed_everything(1, verbose=False)
     trainer = Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         precision=precision,
+        callbacks=list(callbacks),
         max_steps=steps,
         logger=False,
         enable_checkpointing=False,

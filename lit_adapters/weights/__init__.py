@@ -7,7 +7,7 @@ class with the functions below; nothing else in the library changes.
 from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
 from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
-from lit_adapters.weights.quantised import hush
+from lit_adapters.weights.quantised import hush, rounded
 from lit_adapters.weights.storage import (
     add_low_rank,
     as_matrix,
@@ -21,6 +21,7 @@ from lit_adapters.weights.storage import (
     per_output,
     read_weight,
     requantise,
+    rounding,
     settle,
     side_tensors,
     stored_matrix,
@@ -43,6 +44,8 @@ __all__ = [
     "per_output",
     "read_weight",
     "requantise",
+    "rounded",
+    "rounding",
     "side_tensors",
     "stored_matrix",
     "weight_blocks",

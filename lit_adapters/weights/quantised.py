@@ -7,7 +7,7 @@ imported when one of them is read.
 import logging
 import warnings
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import gcd
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from lit_adapters.weights.storage import (
     matrix_shape,
     read_weight,
     requantise,
+    rounding,
     settle,
     side_tensors,
     weight_blocks,
@@ -97,6 +98,43 @@ def _weight_blocks_4bit(layer: Any) -> Iterator[Tensor]:
         )
         last = -(-(first + numbers) // 2)  # two numbers in a byte
         yield bnb.dequantize_4bit(packed[first // 2 : last, None], part).view(count, in_features)
+
+
+def _rounding_4bit(layer: Any) -> dict[str, Any]:
+    state = layer.weight.quant_state
+    return {"kind": state.quant_type, "double_quant": bool(state.nested)}
+
+
+def _rounding_8bit(layer: Any) -> dict[str, Any]:
+    return {"kind": "int8"}
+
+
+def rounded(weight: Tensor, how: Mapping[str, Any]) -> Tensor:
+    """Return ``weight`` (out, in), fp32, as a layer with this `rounding` would hold and read it.
+
+    Raises:
+        ValueError: if there is no such rounding, or bitsandbytes is missing.
+    """
+    hush()
+    try:
+        from bitsandbytes import functional as bnb
+    except ImportError as error:
+        raise ValueError(
+            "this adapter was trained on a base quantised by bitsandbytes, which is needed to make "
+            "that base again: pip install 'lit_adapters[quant]'"
+        ) from error
+    if how.get("kind") == "int8":
+        numbers, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        return numbers.float() * (scales.float() / 127)[:, None]
+    if how.get("kind") not in ("nf4", "fp4"):
+        raise ValueError(f"quantisation {dict(how)!r} is unknown; expected nf4, fp4 or int8")
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        quant_type=how["kind"],
+        compress_statistics=how.get("double_quant") is True,
+    )
+    state.shape = torch.Size((weight.numel(),))  # not as rows, see `_halve_blocks`
+    return bnb.dequantize_4bit(packed, state).view(weight.shape)
 
 
 def _requantise_4bit(layer: Any, weight: Tensor) -> None:
@@ -219,6 +257,7 @@ ANSWERS: dict[Any, tuple[Any, Any]] = {  # for 4 bits, for 8
     read_weight: (_read_weight, _read_weight),
     write_weight: (_write_weight, _write_weight),
     weight_blocks: (_weight_blocks_4bit, _weight_blocks_8bit),
+    rounding: (_rounding_4bit, _rounding_8bit),
     requantise: (_requantise_4bit, _requantise_8bit),
     settle: (_settle_4bit, _settle_8bit),
     side_tensors: (_side_tensors_4bit, _side_tensors_8bit),

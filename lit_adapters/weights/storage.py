@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -82,6 +83,16 @@ def requantise(layer: nn.Module, weight: Tensor) -> None:
         f"a {type(layer).__name__} is not quantised, so there is nothing to round to; load the "
         "base with quantization='nf4'"
     )
+
+
+@singledispatch
+def rounding(layer: nn.Module) -> dict[str, Any]:
+    """How a quantised layer rounds, in plain types; `rounded` does the same to a dense matrix.
+
+    Raises:
+        TypeError: if the layer is not quantised.
+    """
+    raise TypeError(f"a {type(layer).__name__} is not quantised")
 
 
 @singledispatch
