@@ -43,6 +43,7 @@ def test_there_are_overlays():
 def test_every_method_has_a_config_and_the_settings_of_its_paper():
     assert {"dora", "pissa", "lora_ga", "olora", "rslora", "lora_plus"} < set(METHODS)
     assert {"lora", "llama_adapter", "prefix", "full", "milora"} < set(METHODS)
+    assert {"qlora", "qpissa"} < set(METHODS)
     assert sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml")) == METHODS
 
 
@@ -75,6 +76,7 @@ def test_configs_differ_in_the_method_and_its_rate_alone(method):
         config["model"]["optimizer"]["init_args"].pop("lr")
         config["model"].pop("adapter")
         config["model"].pop("lora_plus_ratio", None)
+        config["model"].pop("quantization", None)
     assert own == plain
 
 

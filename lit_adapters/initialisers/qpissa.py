@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -56,7 +56,16 @@ class _Alternating:
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
 
-    def __call__(self, *unread: Any, **settings: Any) -> NoReturn:
+    def __call__(
+        self,
+        weight: Tensor,
+        rank: int,
+        scale: float,
+        *,
+        generator: torch.Generator,
+        lookup: bool = False,
+        gradient: Tensor | None = None,
+    ) -> Factors:
         """Refuse: there is no base to quantise."""
         raise ValueError(f"{type(self).__name__} writes a quantised base; use `initialise`")
 
