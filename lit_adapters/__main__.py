@@ -1,7 +1,11 @@
 """``python -m lit_adapters``: choose the half of the command line that is asked for."""
 
 import os
+import signal
 import sys
+from types import FrameType
+
+from lit_adapters.suggestions import ClearErrors, clearer
 
 OVERVIEW = """\
 usage: python -m lit_adapters COMMAND [options]
@@ -18,10 +22,14 @@ use an adapter folder
   export     write it for other software: a PEFT folder or a merged model
 
 COMMAND --help lists the options of each.
+
+Ctrl-C or SIGTERM ends a fit after the step it is in and writes last.ckpt; to go on, repeat the
+command with --ckpt_path FILE. A second Ctrl-C ends it at once.
+Exit status: 0 done, 1 error, 2 wrong usage, 130 Ctrl-C (SIGINT), 143 SIGTERM.
 """
 TRAINING = ("fit", "validate", "test", "predict")
 USING = ("generate", "merge", "export")
-SWITCHES = ("--json", "--raw")
+SWITCHES = ("--json", "--raw", "--untie")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,12 +43,21 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(__version__)
     elif command in USING:
-        from jsonargparse import auto_cli
+        from jsonargparse import ArgumentParser, auto_cli
 
         from lit_adapters import commands
 
+        class Parser(ClearErrors, ArgumentParser):
+            pass
+
         functions = {name: getattr(commands, name) for name in USING}
-        auto_cli(functions, as_positional=False, args=_switched(words), prog="lit_adapters")
+        auto_cli(
+            functions,
+            as_positional=False,
+            args=_switched(words),
+            prog="lit_adapters",
+            parser_class=Parser,
+        )
     elif command in TRAINING or command.startswith("-"):
         from lit_adapters.cli import AdapterCLI
 
@@ -60,15 +77,29 @@ def _switched(words: list[str]) -> list[str]:
 
 
 def console() -> None:
-    """Run `main` for a person: what is wrong with the input is one line, not a traceback."""
+    """Run `main` for a person: what is wrong with the input is one line, not a traceback.
+
+    The exit status is that of the overview.
+    """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)  # process 1 of a container has no default
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("LIT_ADAPTERS_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}\n(LIT_ADAPTERS_TRACEBACK=1 shows where it was raised)")
+        where = "(LIT_ADAPTERS_TRACEBACK=1 shows where it was raised)"
+        sys.exit(f"error: {clearer(str(error), ())}\n{where}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes it status 1
+            sys.exit(130)
+        raise
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Several adapters for one base: at most one is on the model, the others wait beside it."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,9 @@ from torch import Tensor, nn
 from lit_adapters.adapters import Adapted, AdapterSpec, FullFineTuning, LoRA, LoRAAdapter
 from lit_adapters.adapters.low_rank import TAKEN_NOTE
 from lit_adapters.attachment import adapted_layers, attach, materialise, merge, mount, unmount
-from lit_adapters.folder import CONFIG, EXTRA, read_json
+from lit_adapters.folder import EXTRA, read_json
 from lit_adapters.initialisers import Factors
-from lit_adapters.io import load_adapter, save_adapter
-from lit_adapters.peft_config import spec_from_peft
+from lit_adapters.io import folder_spec, load_adapter, save_adapter
 from lit_adapters.remainders import with_taken
 from lit_adapters.weights import group_count, matrix_shape
 
@@ -43,7 +44,7 @@ class AdapterSet:
         self.model = model
         self.active: str | None = "default" if held else None  # None: the bare base computes
         self._adapters: dict[str, list[Adapted]] = {"default": held} if held else {}
-        self._overwritten: list[tuple[Tensor, Tensor]] | None = None  # by merging: where, what
+        self._overwritten: list[_Overwritten] | None = None  # by merging
 
     @property
     def names(self) -> list[str]:
@@ -64,7 +65,7 @@ class AdapterSet:
     ) -> None:
         """Load a folder, which becomes the active adapter; see `load_adapter`."""
         with self._added(name):
-            if isinstance(spec_from_peft(read_json(Path(path), CONFIG)), FullFineTuning):
+            if isinstance(folder_spec(Path(path)), FullFineTuning):
                 _refuse_full()
             extra = Path(path) / EXTRA
             if extra.exists() and read_json(Path(path), EXTRA).get("origin") == TAKEN_NOTE:
@@ -73,7 +74,7 @@ class AdapterSet:
 
     def activate(self, name: str | None) -> None:
         """Put another adapter on the model, or none: the bare base then computes."""
-        self._check_unmerged()
+        self._check_free()
         if name is not None:
             self._check_known(name)
         unmount(self.model)
@@ -90,7 +91,7 @@ class AdapterSet:
 
     def save(self, name: str, path: str | Path) -> Path:
         """Write the folder of any of the adapters; see `save_adapter`."""
-        self._check_unmerged()
+        self._check_free()
         self._check_known(name)
         before = self.active
         self.activate(name)
@@ -115,6 +116,8 @@ class AdapterSet:
         parts: dict[str, list[tuple[float, Adapted]]] = {}
         for other, weight in weights.items():
             self._check_known(other)
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"the weight of {other!r} must be a finite number, got {weight!r}")
             for one in self._adapters[other]:
                 if type(one.adapter) is not LoRAAdapter:
                     raise ValueError(
@@ -140,21 +143,15 @@ class AdapterSet:
 
         What is overwritten is kept: as many bytes as the adapted layers have.
         """
-        self._check_unmerged()
+        self._check_free()
         if self.active is None:
             raise ValueError("no adapter is active, so there is nothing to merge")
-        layers = {id(one.layer): one.layer for one in self._adapters[self.active]}
-        tensors = {
-            id(tensor): tensor
-            for layer in layers.values()
-            for tensor in (*layer.parameters(), *layer.buffers())
-        }
-        adapters = {
-            id(tensor)
-            for one in self._adapters[self.active]
-            for tensor in (*one.adapter.parameters(), *one.adapter.buffers())
-        }
-        kept = [(t, t.detach().clone()) for key, t in tensors.items() if key not in adapters]
+        kept = [
+            _Overwritten(layer, key, _tensor(layer, key).detach().clone())
+            for _, layer, adapter in self._adapters[self.active]
+            for key in sorted(adapter.overwrites())
+            if layer._parameters.get(key) is not None or key in layer._buffers
+        ]
         merge(self.model)
         self._overwritten = kept
 
@@ -163,15 +160,15 @@ class AdapterSet:
         """Undo `merge` to the bit: write back what it overwrote, and put the adapter on again."""
         if self._overwritten is None or self.active is None:
             raise ValueError("nothing is merged")
-        for tensor, value in self._overwritten:
-            tensor.data.copy_(value)
+        for layer, key, value in self._overwritten:
+            _tensor(layer, key).data.copy_(value)
         self._overwritten = None
         self._mount(self.active)
 
     @contextmanager
     def _added(self, name: str) -> Iterator[None]:
         """Take the active adapter off; what the block puts on is called ``name``."""
-        self._check_unmerged()
+        self._check_free()
         if not name or name in self._adapters:
             taken = f"taken; the names are {self.names}" if name else "empty"
             raise ValueError(f"adapter name {name!r} is {taken}. Choose another, or delete it")
@@ -194,9 +191,27 @@ class AdapterSet:
         if name not in self._adapters:
             raise ValueError(f"no adapter is called {name!r}; the names are {self.names}")
 
-    def _check_unmerged(self) -> None:
+    def _check_free(self) -> None:
+        """Make sure that what is on the model can be taken off and put back."""
+        held = {id(adapter) for *_, adapter in adapted_layers(self.model)}
+        mounted = self._adapters[self.active] if self.active and self._overwritten is None else []
+        if held != {id(adapter) for *_, adapter in mounted}:
+            raise ValueError(
+                f"the adapters on the model are not those of {self.active!r}: they were attached "
+                "or taken off without this set. Save them, and make a new AdapterSet(model)"
+            )
         if self._overwritten is not None:
             raise ValueError(f"{self.active!r} is merged into the base; call unmerge() first")
+
+
+class _Overwritten(NamedTuple):
+    layer: nn.Module
+    key: str
+    value: Tensor
+
+
+def _tensor(layer: nn.Module, key: str) -> Tensor:
+    return layer.get_parameter(key) if key in layer._parameters else layer.get_buffer(key)
 
 
 def _refuse_full() -> None:
@@ -238,13 +253,13 @@ def _sum(parts: list[tuple[float, Adapted]]) -> Factors:
 
 def _spec(ranks: dict[str, int]) -> LoRA:
     """The LoRA with these ranks by module, and scale 1."""
-    if len(set(ranks.values())) == 1:
-        rank = next(iter(ranks.values()))
-        return LoRA(rank=rank, alpha=rank, targets=list(ranks))
-    # The first key that matches wins, and a key matches endings too: longer names come first.
-    by_name = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # A pattern matches endings of names; the ^ keeps it from names that end in this one.
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     return LoRA(
+        rank=common,
+        alpha=float(common),
         targets=list(ranks),
-        rank_pattern=by_name,
-        alpha_pattern={key: float(rank) for key, rank in by_name.items()},
+        rank_pattern=others,
+        alpha_pattern={key: float(rank) for key, rank in others.items()},
     )

@@ -1,7 +1,8 @@
 """Put adapters on a model, take them off, merge them in; one forward hook does the work."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec, adapters_of
 from lit_adapters.initialisers import named_generator
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import is_plain, settle
@@ -38,8 +39,8 @@ def attach(
     """
     if spec.reads_text and tokenizer is None:
         raise ValueError(
-            f"{spec.name} starts from a text here, which needs a tokenizer: pass tokenizer=..., or "
-            "leave the text out and call `start_from_text(model, input_ids)`"
+            f"{spec.name} has {spec.text_field!r} here, which needs a tokenizer: pass "
+            "tokenizer=..., or leave it out"
         )
     held = [name for name, *_ in adapted_layers(model)]
     if held:
@@ -93,8 +94,7 @@ def built(
         for part in (*reversed(beside), spec):
             meant = names if part is spec else match_targets(model, part)
             layers = {name: model.get_submodule(name) for name in meant}
-            adapters = part.build_all(layers, stated or {})
-            found.insert(0, [Adapted(name, layers[name], adapters[name]) for name in meant])
+            found.insert(0, part.build_all(layers, stated or {}))
             for _, layer, adapter in found[0]:
                 adapter.claim(layer, model)
         adapted = [one for group in found for one in group]
@@ -122,14 +122,11 @@ def mount(model: nn.Module, adapted: Iterable[Adapted]) -> None:
             layer.register_forward_hook(apply_adapters, with_kwargs=True)
         if adapter.changes_inputs:
             layer.register_forward_pre_hook(change_inputs, with_kwargs=True)
+        if adapter.stands_in:  # no hook is called when a forward is interrupted
+            layer.forward = partial(stand_in, layer, adapter.slot, layer.__dict__.get("forward"))
         layer.add_module(adapter.slot, adapter.train(layer.training))
         for parameter in adapter.trained(layer):
             parameter.requires_grad_(True)
-
-
-def adapters_of(layer: nn.Module) -> Iterator[Adapter]:
-    """Yield the adapters that ``layer`` itself holds, in the order in which they act."""
-    return (child for child in layer._modules.values() if isinstance(child, Adapter))
 
 
 def apply_adapters(
@@ -150,6 +147,16 @@ def change_inputs(
         if adapter.active and adapter.changes_inputs:
             args, kwargs = adapter.inputs(layer, args, kwargs)
     return args, kwargs
+
+
+def stand_in(
+    layer: nn.Module, slot: str, earlier: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The ``forward`` of layers with an adapter that `stands_in`; ``earlier`` is another's."""
+    run = earlier or partial(type(layer).forward, layer)
+    adapter = layer._modules[slot]
+    assert isinstance(adapter, Adapter)
+    return adapter.call(layer, run, args, kwargs) if adapter.active else run(*args, **kwargs)
 
 
 @contextmanager
@@ -218,14 +225,15 @@ def merge(model: Model, untie: bool = False) -> Model:
                 "quantisation, load the adapter on it, merge there and save (the `merge` command "
                 "does)"
             )
-    for name, layer, others in _tied(model, adapted):
+    for name, layer, key, others in list(_tied(model, adapted)):
         if not untie:
             raise ValueError(
-                f"the weight of {name!r} is tied to {', '.join(map(repr, others))}; merging would "
-                "change both. Pass untie=True (--untie on the command line) to give "
+                f"the {key} of {name!r} is tied to {', '.join(map(repr, others))}; merging would "
+                "change both. Pass untie=True to `merge` or `export_merged` (--untie on the "
+                "command line) to give "
                 f"{name!r} a weight of its own"
             )
-        _untie(layer, model)
+        _untie(layer, key, model)
     with torch.no_grad():
         for _, layer, adapter in adapted:
             adapter.merge_into(layer)
@@ -281,6 +289,10 @@ def _remove(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
     for adapter in list(adapters_of(layer)):
+        if adapter.stands_in:
+            earlier = layer.__dict__.pop("forward").args[2]
+            if earlier is not None:
+                layer.forward = earlier
         for parameter in adapter.trained(layer):
             parameter.requires_grad_(False)
         delattr(layer, adapter.slot)
@@ -321,25 +333,28 @@ def check_layers(model: nn.Module, adapted: Iterable[Adapted]) -> None:
                 )
 
 
-def _tied(model: nn.Module, adapted: list[Adapted]) -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """Yield layers whose merged weight would also be that of other modules, and those."""
+def _tied(
+    model: nn.Module, adapted: list[Adapted]
+) -> Iterator[tuple[str, nn.Module, str, list[str]]]:
+    """Yield layers, and which of their weights, when merged, would also be that of others."""
     owners = _owners(model)
     trained = {id(p) for _, layer, adapter in adapted for p in adapter.trained(layer)}
     sources: dict[str, set[int]] = {}  # whose parameters act on a layer
     for name, _, adapter in adapted:
         sources.setdefault(name, set()).add(id(adapter.source or adapter))
-    for name, layer in {name: layer for name, layer, _ in adapted}.items():
-        weight = getattr(layer, "weight", None)
-        if weight is None or id(weight) in trained:  # nothing is written
-            continue
-        shared = [n for n in owners[id(weight)] if sources.get(n) != sources[name]]
-        if shared:
-            yield name, layer, shared
+    for name, layer, adapter in adapted:
+        for key in adapter.overwrites() & layer._parameters.keys():
+            weight = layer._parameters[key]
+            if weight is None or id(weight) in trained:  # nothing is written
+                continue
+            shared = [n for n in owners[id(weight)] if sources.get(n) != sources[name]]
+            if shared:
+                yield name, layer, key, shared
 
 
-def _untie(layer: nn.Module, model: nn.Module) -> None:
-    weight = layer.get_parameter("weight")
-    layer.register_parameter("weight", nn.Parameter(weight.detach().clone(), weight.requires_grad))
+def _untie(layer: nn.Module, key: str, model: nn.Module) -> None:
+    weight = layer.get_parameter(key)
+    layer.register_parameter(key, nn.Parameter(weight.detach().clone(), weight.requires_grad))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.tie_word_embeddings = False

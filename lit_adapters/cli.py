@@ -4,15 +4,22 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    ModelSummary,
+    ProgressBar,
+    RichModelSummary,
+    RichProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lit_adapters.adapters import METHODS
 from lit_adapters.callbacks import (
     AdapterCheckpoint,
     InitAdapters,
@@ -20,9 +27,11 @@ from lit_adapters.callbacks import (
     RunReport,
     SampleGenerations,
 )
+from lit_adapters.callbacks.checkpoint import check_writable
 from lit_adapters.datamodule import InstructionDataModule
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.saved_settings import trusted_settings
+from lit_adapters.suggestions import ClearErrors
 
 # Under keys of their own, so that a `trainer.callbacks` list adds to them instead of replacing.
 CALLBACKS = {
@@ -34,6 +43,12 @@ CALLBACKS = {
     "summary": RichModelSummary,
     "report": RunReport,
 }
+
+
+class TrainingParser(ClearErrors, LightningArgumentParser):
+    """LightningCLI's parser, with errors of one line."""
+
+    classes = tuple(method.__name__ for method in METHODS)
 
 
 class AdapterCLI(LightningCLI):
@@ -51,7 +66,9 @@ class AdapterCLI(LightningCLI):
             seed_everything_default=42,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,  # the model does not exist yet when the CLI would
-            parser_kwargs={"prog": "lit_adapters"},
+            parser_class=TrainingParser,
+            # Abbreviations would take --trainer.max_step for max_steps, and mistakes for meaning.
+            parser_kwargs={"prog": "lit_adapters", "allow_abbrev": False},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -68,9 +85,21 @@ class AdapterCLI(LightningCLI):
             kwargs["logger"] = [board, CSVLogger(root, version=board.version)]
         return super().instantiate_trainer(**kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out the bar and the summary if they are switched off, as Lightning's own are."""
+        off: tuple[type[Callback], ...] = ()
+        if config.get("enable_progress_bar") is False:
+            off += (ProgressBar,)
+        if config.get("enable_model_summary") is False:
+            off += (ModelSummary,)
+        wanted = [callback for callback in callbacks if not isinstance(callback, off)]
+        return super()._instantiate_trainer(config, wanted)
+
     def before_fit(self) -> None:
         """Make a resume visible to callbacks while the model is being set up."""
         config = self.config_init["fit"]
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            check_writable(Path(self.trainer.default_root_dir))  # loggers say it less clearly
         if Path(config.get("ckpt_path") or "").is_file():  # "last" and the like are Lightning's
             self.trainer.ckpt_path = config.pop("ckpt_path")
 
@@ -84,7 +113,7 @@ class AdapterCLI(LightningCLI):
         path = self.config[name].get("ckpt_path") if name else None
         if not path or not Path(path).is_file():
             return
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        checkpoint = read_checkpoint(Path(path))
         saved = trusted_settings(checkpoint.get("hyper_parameters", {}))
         given = self.parser.parse_args(self._arguments, defaults=False)[name].get("model")
         said = given.as_dict() if given else {}
@@ -95,6 +124,38 @@ class AdapterCLI(LightningCLI):
         """Keep the raw arguments, to tell what was said from what is a default."""
         self._arguments = args
         super().parse_arguments(parser, args)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a trainer checkpoint holds; nothing in it is run.
+
+    Raises:
+        ValueError: if it is none, or only the beginning of one.
+    """
+    size = path.stat().st_size
+    remedy = "Resume from another checkpoint, such as best.ckpt beside it, or start again"
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a format that is none of ours
+            checkpoint = torch.load(file, weights_only=True, map_location="cpu")
+    except UnpicklingError as error:
+        refused = "GLOBAL" in str(error)
+        what = "names code to run, which is never done" if refused else "is no checkpoint"
+        reason = str(error).rpartition("following error: ")[2].split(". ")[0].splitlines()[0]
+        raise ValueError(f"{path} ({size} bytes) {what}: {reason}. {remedy}") from error
+    except (EOFError, OSError, RuntimeError, KeyError, ValueError) as error:  # as torch says it
+        raise ValueError(
+            f"{path} ({size} bytes) is empty, cut off or damaged: no whole checkpoint can be read "
+            f"from it. {remedy}"
+        ) from error
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = sorted({"state_dict", "loops"} - found.keys())
+    if missing:
+        raise ValueError(
+            f"{path} is no trainer checkpoint: it lacks {' and '.join(missing)}. --ckpt_path takes "
+            "last.ckpt or best.ckpt of a fit; an adapter folder goes to generate, merge and export"
+        )
+    return found
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

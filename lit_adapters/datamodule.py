@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_adapters.adapters import AdapterSpec
 from lit_adapters.base_model import load_tokenizer
 from lit_adapters.data import (
     Batch,
@@ -95,7 +96,9 @@ class InstructionDataModule(LightningDataModule):
                 without test split is tested on its validation split.
             seed: Decides the held-out examples and the order of batches.
             group_by_length: Batch examples of similar length; saves padding.
-            overlong: Whether examples above max_length are truncated on the right or dropped.
+            overlong: What happens to examples above max_length: truncate (on the right; dropped
+                where the prompt alone is too long), truncate-prompt (the start of the prompt goes
+                before any of the response) or drop.
             num_workers: Processes that build batches; 0 builds them in the main process.
             train_limit: Train on this many examples at most, the first ones.
         """
@@ -140,7 +143,7 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> FitLoader:
         """Return the shuffled training batches of this device."""
-        tokens = self._tokenised("train")
+        tokens = self._fitting("train")
         order = TrainOrder(
             lengths=[len(example["input_ids"]) for example in tokens],
             batch_size=self.batch_size,
@@ -171,7 +174,7 @@ class InstructionDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def _eval_loader(self, split: SplitName) -> BatchLoader:
-        tokens = self._tokenised(split)
+        tokens = self._fitting(split)
         order = EvalOrder(len(tokens), self.batch_size, **self._devices())
         return BatchLoader(tokens, order, self._pad_id(), self.num_workers)
 
@@ -192,17 +195,45 @@ class InstructionDataModule(LightningDataModule):
         if tokenizer is not self._tokenised_with:
             self._tokenised_with, self._tokens, self.reports = tokenizer, {}, {}
         if split not in self._tokens:
-            self._tokens[split] = []
+            tokens: list[Tokens] = []
             if examples := self.examples(split):
-                tokens, report = tokenise(examples, tokenizer, self.max_length, self.overlong)
-                self._tokens[split], self.reports[split] = tokens, report
+                try:
+                    tokens, report = tokenise(examples, tokenizer, self.max_length, self.overlong)
+                except ValueError as error:
+                    raise ValueError(f"{self.path} ({split}): {error}") from error
+                self.reports[split] = report
                 rank_zero_info(f"{self.path} ({split}): {report}")
+            self._tokens[split] = tokens
         return self._tokens[split]
+
+    def _fitting(self, split: SplitName) -> list[Tokens]:
+        """The tokens of a split, all within the context of the model, if it is known."""
+        tokens = self._tokenised(split)
+        longest = max((len(example["input_ids"]) for example in tokens), default=0)
+        context = self._context()
+        if context is not None and longest > context:
+            raise ValueError(
+                f"{self.path} ({split}): the longest example has {longest} tokens (max_length is "
+                f"{self.max_length}), but the model reads {context} at most; set max_length to "
+                f"{context} or less"
+            )
+        return tokens
+
+    def _context(self) -> int | None:
+        """Positions that the trainer's model knows; None where it has no such limit."""
+        module = getattr(self.trainer, "lightning_module", None)
+        config: Any = getattr(getattr(module, "model", None), "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        limit = getattr(text, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if isinstance(self.tokenizer, str):
             self.tokenizer = load_tokenizer(self.tokenizer)
         if self.tokenizer is not None:
+            adapter = getattr(getattr(self.trainer, "lightning_module", None), "adapter", None)
+            if isinstance(adapter, AdapterSpec):
+                adapter.teach(self.tokenizer)
             return self.tokenizer
         module = self.trainer.lightning_module if self.trainer else None
         tokenizer = getattr(module, "tokenizer", None)

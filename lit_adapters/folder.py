@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,31 +12,61 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lit_adapters.adapters.fields import shown
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "lit_adapters.json"
 CARD = "README.md"
 
 DTYPES = {"F32", "BF16", "F16"}
-MAX_JSON_BYTES = 10_000_000
+MAX_JSON_BYTES = 2_000_000  # a pattern for each of 20,000 experts
+MAX_HEADER_BYTES = 10_000_000  # the same in safetensors; its library would allow ten times as much
+MAX_NOTE = 1000  # characters
+
+# Fields of ``lit_adapters.json`` that are looked at, all of them texts, or null.
+NOTES = ("method", "origin", "initialiser", "base_fingerprint", "weights_sha256")
 
 
 @contextmanager
 def all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files move into ``folder`` only when all of them are on disk."""
+    """A scratch folder whose files move into ``folder`` only when all of them are on disk.
+
+    Raises:
+        OSError: naming the folder, if something cannot be written; what was there stays.
+    """
+    try:
+        with _scratch(folder) as part:
+            yield part
+            _move(part, folder)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+        kept = (folder / WEIGHTS).exists()
+        text = (
+            f"cannot write the adapter folder {folder}: "
+            f"{getattr(error, 'strerror', None) or error}; "
+            f"{'the adapter from before is whole' if kept else 'no adapter is there'}. Make room, "
+            "or choose a folder elsewhere"
+        )
+        raise OSError(*filter(None, [getattr(error, "errno", None)]), text) from error
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-        part = Path(scratch)
-        yield part
-        files = sorted(part.iterdir(), key=lambda file: file.name == WEIGHTS)  # weights last
-        for file in files:
-            with file.open("r+b") as handle:
-                os.fsync(handle.fileno())
-        weights = folder / WEIGHTS
-        if any(_differs(part / name, folder / name) for name in (CONFIG, EXTRA)):
-            weights.unlink(missing_ok=True)  # dying below must not leave old weights, new settings
-        for file in files:
-            file.replace(folder / file.name)
+        yield Path(scratch)
+
+
+def _move(part: Path, folder: Path) -> None:
+    files = sorted(part.iterdir(), key=lambda file: file.name == WEIGHTS)  # weights last
+    for file in files:
+        with file.open("r+b") as handle:
+            os.fsync(handle.fileno())
+    weights = folder / WEIGHTS
+    if any(_differs(part / name, folder / name) for name in (CONFIG, EXTRA)):
+        weights.unlink(missing_ok=True)  # dying below must not leave old weights, new settings
+    for file in files:
+        file.replace(folder / file.name)
 
 
 def _differs(new: Path, old: Path) -> bool:
@@ -46,18 +77,61 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Return the JSON object in a file of the folder.
 
     Raises:
-        ValueError: if it is too large, not JSON or not an object.
+        ValueError: if it is too large, not JSON or not an object, or says something twice.
     """
     file = file_inside(folder, name)
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{file} is larger than {MAX_JSON_BYTES} bytes; that is no config")
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{file} is {size} bytes long, expected at most {MAX_JSON_BYTES}; that is no config. "
+            "Save or download the adapter again"
+        )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        content = _parse(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not valid JSON: {error}. Correct it, or save or download the adapter again"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+        raise ValueError(
+            f"{file} must hold a JSON object, got {type(content).__name__}; save or download the "
+            "adapter again"
+        )
+    if name == EXTRA:
+        _check_notes(file, content)
     return content
+
+
+def _parse(text: bytes) -> Any:
+    """JSON as the standard has it: no NaN, no key twice (readers differ in which one counts)."""
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} is there {count} times, expected once")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_notes(file: Path, notes: Mapping[str, Any]) -> None:
+    for field in NOTES:
+        value = notes.get(field)
+        if value is not None and not (isinstance(value, str) and len(value) <= MAX_NOTE):
+            raise ValueError(
+                f"{file}: {field!r} must be a text of at most {MAX_NOTE} characters, got "
+                f"{shown(value)}; save or download the adapter again, or remove the field"
+            )
 
 
 def read_tensors(
@@ -73,6 +147,7 @@ def read_tensors(
     """
     file = file_inside(folder, WEIGHTS)
     try:
+        _check_header(file)
         with safe_open(file, framework="pt") as reader:
             found = set(reader.keys())
             known = {**optional, **expected}
@@ -81,18 +156,41 @@ def read_tensors(
                 entry = reader.get_slice(key)
                 _check_entry(file, key, entry.get_dtype(), entry.get_shape(), known[key])
             tensors = {key: reader.get_tensor(key) for key in found}
-    except SafetensorError as error:
+    except (SafetensorError, _HeaderError) as error:
         raise ValueError(
-            f"{file} is not a readable safetensors file ({error}); it may be truncated. "
-            "Save or download the adapter again"
+            f"{file} is not a readable safetensors file ({_clipped(str(error))}); it may be "
+            "truncated. Save or download the adapter again"
         ) from error
     for key in expected:
         if not tensors[key].isfinite().all():
             raise ValueError(
-                f"{file}: {key!r} holds NaN or infinite values; its training diverged. "
+                f"{file}: {shown(key)} holds NaN or infinite values; its training diverged. "
                 "Use an earlier checkpoint"
             )
     return tensors
+
+
+class _HeaderError(ValueError):
+    """The first bytes of a weights file promise what cannot be."""
+
+
+def _check_header(file: Path) -> None:
+    """Refuse what safetensors would take memory for, or overlook, before it opens the file."""
+    with file.open("rb") as handle:
+        length, rest = int.from_bytes(handle.read(8), "little"), file.stat().st_size - 8
+        if length > min(rest, MAX_HEADER_BYTES):
+            raise _HeaderError(
+                f"its header claims {length} bytes, of {max(rest, 0)} in the file and "
+                f"{MAX_HEADER_BYTES} allowed"
+            )
+        try:
+            _parse(handle.read(length))
+        except ValueError as error:
+            raise _HeaderError(f"its header is not valid JSON: {error}") from error
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def file_inside(folder: Path, name: str) -> Path:
@@ -122,14 +220,25 @@ def _advice(folder: Path, name: str) -> str:
             "adapter_model.bin is there, but pickle files run code when loaded and are never "
             "read; load it with PEFT in a place you trust and save it as safetensors"
         )
-    return f"the folder holds: {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+    if name == WEIGHTS and (shards := sorted(folder.glob("*.safetensors.index.json"))):
+        return (
+            f"{shards[0].name} is there, but adapters in several parts are not read; put the "
+            f"tensors of all parts into one {WEIGHTS}, as PEFT's save_pretrained does"
+        )
+    if (folder / name).is_symlink():
+        return "it is a link that leads nowhere; copy the file itself"
+    if (folder / name).exists():
+        return "what is there under this name is no ordinary file"
+    found = sorted(p.name for p in folder.iterdir())
+    more = f" and {len(found) - 20} more" if len(found) > 20 else ""
+    return f"the folder holds: {', '.join(found[:20]) or 'nothing'}{more}"
 
 
 def _check_keys(file: Path, found: set[str], expected: set[str]) -> None:
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     if missing or unexpected:
         parts = [
-            f"{len(keys)} {kind}, first {keys[0]!r}"
+            f"{len(keys)} {kind}, first {shown(keys[0])}"
             for kind, keys in (("missing", missing), ("unexpected", unexpected))
             if keys
         ]
@@ -142,9 +251,12 @@ def _check_keys(file: Path, found: set[str], expected: set[str]) -> None:
 def _check_entry(file: Path, key: str, dtype: str, shape: list[int], expected: Tensor) -> None:
     allowed = DTYPES if expected.is_floating_point() else {"I64"}  # a counter of BatchNorm
     if dtype not in allowed:
-        raise ValueError(f"{file}: {key!r} has dtype {dtype}, expected one of {sorted(allowed)}")
+        raise ValueError(
+            f"{file}: {key!r} has dtype {dtype}, expected one of {sorted(allowed)}; convert it and "
+            "save it again"
+        )
     if tuple(shape) != tuple(expected.shape):
         raise ValueError(
             f"{file}: {key!r} has shape {list(shape)}, but this model and {CONFIG} need "
-            f"{list(expected.shape)}"
+            f"{list(expected.shape)}. Is it the right base, and are both files of one save?"
         )

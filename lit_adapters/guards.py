@@ -1,4 +1,4 @@
-"""Stop a training that cannot come to anything: a loss that is no number, adapters at a stand."""
+"""Stop a training that cannot come to anything: no labels, a loss that is no number, a stand."""
 
 import warnings
 from collections.abc import Sequence
@@ -39,6 +39,26 @@ def check_loss(loss: Tensor, step: int) -> None:
             f"the training loss is {loss.item()} after {step} optimizer steps, and a step would "
             "ruin the adapter; the last checkpoint holds the state before. Lower the learning "
             "rate, set gradient_clip_val, or take bf16 instead of fp16"
+        )
+
+
+def check_tokens(tokens: Tensor, step: int) -> None:
+    """Refuse an optimizer step in which nothing was trained.
+
+    Args:
+        tokens: Trained tokens of the step, summed over its micro-batches and all ranks; a rank or
+            a micro-batch may have none.
+        step: Optimizer steps made so far.
+
+    Raises:
+        RuntimeError: saying what to look at.
+    """
+    if tokens == 0:
+        raise RuntimeError(
+            f"no token of optimizer step {step + 1} is trained: every label after the first "
+            "position of its batches is -100. Look at batch['labels']: the answer's tokens must "
+            "keep their ids there. The usual causes are a collate function that masks too much, "
+            "and prompts so long that truncation leaves no answer (raise max_length, or drop them)"
         )
 
 

@@ -1,5 +1,6 @@
 """Save and load adapters: PEFT's layout, safetensors only, strict, all or nothing."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_adapters.adapters import METHOD, PREFIX, Adapted, AdapterSpec
+from lit_adapters.adapters import METHOD, PREFIX, Adapted, AdapterSpec, NewRows, TrainedCopy
+from lit_adapters.adapters.fields import shown
 from lit_adapters.attachment import adapted_layers, built, materialise, mount
 from lit_adapters.dense_weights import DenseWeights, Matrices
 from lit_adapters.fingerprint import base_name, fingerprint, same_base
@@ -33,6 +35,11 @@ from lit_adapters.targets import shortest_targets
 from lit_adapters.version import __version__
 from lit_adapters.weights import is_plain
 
+DIGEST = "weights_sha256"
+# Notes that the config has no field for.
+STATED = ("origin", "initialiser", "new_tokens", "taken_from", "quantised_as")
+FORMAT = 1
+
 
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """Write the adapters of ``model`` as a folder that PEFT reads as well.
@@ -48,7 +55,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     adapted = list(adapted_layers(model))
     spec = _filed(adapted)
     extra = {
-        "format": 1,
+        "format": FORMAT,
         "method": spec.name,
         **dict(item for one in adapted for item in one.adapter.notes().items()),
         "base": base_name(model)[1],
@@ -64,6 +71,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     folder = Path(path)
     with all_or_nothing(folder) as part:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        extra[DIGEST] = _sha256(part / WEIGHTS)
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / EXTRA).write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
         (part / CARD).write_text(adapter_card(config, extra), encoding="utf-8")
@@ -138,17 +146,20 @@ def load_adapter(
     """
     folder = Path(path)
     config, notes = read_json(folder, CONFIG), _notes(folder)
+    spec = folder_spec(folder)
     with ExitStack() as stack:
         with _naming(folder / CONFIG):
-            spec = spec_from_peft(config)
-            fresh = stack.enter_context(built(model, spec, {**notes, **config}, tokenizer))
+            stated = {**config, **{key: notes.get(key) for key in STATED}}
+            fresh = stack.enter_context(built(model, spec, stated, tokenizer))
         held = list(adapted_layers(model))
         adapted = held or fresh
         if check_base:
             _check_base(model, adapted, folder, notes)
         if held:
             _check_same(held, fresh, folder)
-        tensors = _read(model, spec, adapted, folder)
+        with _hinting(fresh, config):
+            tensors = _read(model, spec, adapted, folder)
+        _check_digest(folder, notes)
         if any(with_taken(adapted)):
             _check_rewritable(held, folder)
             weights = weights or DenseWeights(model)
@@ -176,6 +187,32 @@ def _check_rewritable(held: list[Adapted], folder: Path) -> None:
             )
 
 
+def folder_spec(folder: Path) -> AdapterSpec:
+    """Return the settings that the folder's ``adapter_config.json`` states; raises as above."""
+    config = read_json(folder, CONFIG)
+    with _naming(folder / CONFIG):
+        return spec_from_peft(config)
+
+
+def _check_digest(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Flipped bytes of a weight are a weight too: nothing else would notice them."""
+    recorded = notes.get(DIGEST)
+    if recorded is not None and recorded != _sha256(folder / WEIGHTS):
+        raise ValueError(
+            f"{folder / WEIGHTS} is not the file that was saved: its SHA-256 is not the one in "
+            f"{EXTRA}. Download it again; if you changed it on purpose, remove {DIGEST!r} from "
+            f"{EXTRA}, or that file if another library wrote the weights"
+        )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _read(
     model: nn.Module, spec: AdapterSpec, adapted: list[Adapted], folder: Path
 ) -> dict[str, Tensor]:
@@ -192,11 +229,28 @@ def _read(
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or id(module) in _heads(model)
     }
+    copies |= {
+        f"{PREFIX}{name}.token_adapter.base_layer.weight": layer.get_parameter("weight")
+        for name, layer, adapter in adapted
+        if isinstance(adapter, NewRows)
+    }
     optional = {key: copy for key, copy in copies.items() if key not in expected}
-    tensors = read_tensors(folder, expected, optional)
+    tensors = read_tensors(folder, expected, {**_unread(adapted), **optional})
     for key in optional.keys() & tensors.keys():
         _check_copy(folder / WEIGHTS, key, tensors[key], optional[key].detach())
     return tensors
+
+
+def _unread(adapted: list[Adapted]) -> dict[str, Tensor]:
+    """What PEFT writes and never reads: with trained biases, those of whole modules twice more."""
+    return {
+        f"{PREFIX}{adapter.root}.{what}{name[len(adapter.root) :]}.{key}": value
+        for name, layer, adapter in adapted
+        if isinstance(adapter, TrainedCopy)
+        for key, value in adapter.tensors(layer).items()
+        for what in ("modules_to_save", "modules_to_save.default", "original_module")
+        if "bias" in key and not adapter.prefix
+    }
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -212,7 +266,7 @@ def _check_same(held: list[Adapted], stored: list[Adapted], folder: Path) -> Non
     ]
     if differing:
         raise ValueError(
-            f"{folder}: its adapters are not those on the model (first difference: "
+            f"{folder / CONFIG}: its adapters are not those on the model (first difference: "
             f"{differing[0][0]!r}); call `detach(model)` first to load it on the bare base"
         )
 
@@ -229,7 +283,13 @@ def _check_copy(file: Path, key: str, stored: Tensor, weight: Tensor) -> None:
 def _notes(folder: Path) -> dict[str, Any]:
     """What ``lit_adapters.json`` says; PEFT writes none."""
     extra = folder / EXTRA
-    return read_json(folder, EXTRA) if extra.exists() or extra.is_symlink() else {}
+    notes = read_json(folder, EXTRA) if extra.exists() or extra.is_symlink() else {}
+    if notes.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"{extra}: format {shown(notes['format'])} was written by a later version of "
+            f"lit_adapters, and this one reads format {FORMAT}; update it"
+        )
+    return notes
 
 
 def _check_base(
@@ -247,6 +307,23 @@ def _check_base(
             f"{expected}); this model's weights have fingerprint {actual}. Load that base "
             "(--base on the command line), or pass check_base=False if you mean to use it here"
         )
+
+
+@contextmanager
+def _hinting(adapted: list[Adapted], config: Mapping[str, Any]) -> Iterator[None]:
+    """Add to errors that another tokenizer moved the new tokens, which may be why."""
+    try:
+        yield
+    except ValueError as error:
+        listed = config.get("trainable_token_indices")
+        ids = next(iter(listed.values()), None) if isinstance(listed, dict) else listed
+        moved = [a for *_, a in adapted if isinstance(a, NewRows) and list(a.spec.ids) != ids]
+        if not moved:
+            raise
+        raise ValueError(
+            f"{error} This tokenizer gives the new tokens ids {list(moved[0].spec.ids)}, and that "
+            f"of the training gave {ids}: load the folder with that tokenizer, or without any"
+        ) from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from lit_adapters.guards import (
     check_gradients,
     check_loss,
     check_moved,
+    check_tokens,
     warn_if_rounded,
 )
 from lit_adapters.losses import TokenLoss, token_loss
@@ -301,14 +302,15 @@ class AdapterFineTuneModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into the mean over the window's trained tokens, then log."""
         nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
+        check_tokens(tokens, self.trainer.global_step)
         # Lightning divided each micro-batch by the accumulation, DDP and FSDP by the ranks.
         divided = LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [
             p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
         ]
         check_gradients(gradients)
-        torch._foreach_mul_(gradients, divided / tokens.clamp(min=1).item())
-        loss = nll / tokens.clamp(min=1)
+        torch._foreach_mul_(gradients, divided / tokens.item())
+        loss = nll / tokens
         if str(self.trainer.precision) != "16-mixed":  # there, steps of overflows are left out
             check_loss(loss, self.trainer.global_step)
         self.log("train/loss", loss, prog_bar=True)
@@ -392,6 +394,11 @@ class AdapterFineTuneModule(LightningModule):
         metrics = [cast(SumMetric, metric) for metric in self.evaluated.values()]
         nll, tokens, correct = (metric.compute() for metric in metrics)
         self.on_validation_epoch_start()
+        if tokens == 0:
+            raise RuntimeError(
+                f"no token of the {stage} split is trained on: every label of its batches is "
+                "-100; look at batch['labels']"
+            )
         loss = nll / tokens
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_adapters.adapters import METHODS, AdapterSpec
+from lit_adapters.adapters.fields import shown
 
 # Fields of every PEFT 0.21 config that change nothing about the loaded model, or are handled apart.
 _COMMON = frozenset(
@@ -23,13 +24,14 @@ def spec_from_peft(config: Mapping[str, Any]) -> AdapterSpec:
     if method is None:
         known = sorted({kind for method in METHODS for kind in method.peft_types})
         raise ValueError(
-            f"peft_type {config.get('peft_type')!r} is not supported; expected one of {known}"
+            f"peft_type {shown(config.get('peft_type'))} is not supported; expected one of "
+            f"{known}. Merge the adapter with PEFT instead"
         )
     for key in sorted(set(config) - _COMMON - method.peft_fields):
         if config[key]:
             raise ValueError(
-                f"{key}={config[key]!r} is not supported here, and without it the adapter may "
-                "compute something else. Merge it with PEFT instead, or remove the field if you "
-                "know that it changes nothing"
+                f"{shown(key)[1:-1]}={shown(config[key])} is not supported here, and without it "
+                "the adapter may compute something else. Merge it with PEFT instead, or remove the "
+                "field if you know that it changes nothing"
             )
     return method.from_peft(config)

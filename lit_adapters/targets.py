@@ -1,12 +1,15 @@
 """Which modules a spec means: ``targets``, ``exclude`` and ``layers`` resolved on a model."""
 
 import difflib
+import re
+from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.adapters import Part, own_modules
+from lit_adapters.adapters.fields import shown
 from lit_adapters.adapters.patterns import check_pattern, matches
 
 
@@ -18,7 +21,7 @@ def match_targets(model: nn.Module, spec: Part) -> list[str]:
             regular expression, or a matched module cannot hold an adapter.
     """
     modules = own_modules(model)
-    names = _select(modules, spec.targets, "targets", model, spec)
+    names = _select(modules, spec.targets, spec.field, model, spec)
     if spec.exclude is not None:
         excluded = set(_select(modules, spec.exclude, "exclude", model, spec))
         names = [name for name in names if name not in excluded]
@@ -26,39 +29,47 @@ def match_targets(model: nn.Module, spec: Part) -> list[str]:
         names = [name for name in names if _layer_number(name) in spec.layers]
     if not names:
         raise ValueError(
-            f"no module is left to adapt: targets={spec.targets!r}, exclude={spec.exclude!r}, "
-            f"layers={spec.layers!r} leave nothing. {_nearest(str(spec.targets), modules, spec)}"
+            f"no module is left to adapt: targets={shown(spec.targets)}, "
+            f"exclude={shown(spec.exclude)}, layers={shown(spec.layers)} leave nothing. "
+            f"{_nearest(str(spec.targets)[:200], modules, spec)}"
         )
     unfit = [name for name in names if not spec.fits(modules[name])]
     if unfit:
         kind = type(modules[unfit[0]]).__name__
         raise ValueError(
-            f"targets={spec.targets!r} matches {unfit[0]!r}, a {kind}, which cannot hold a "
-            f"{type(spec).__name__} adapter. {_nearest('', modules, spec)}"
+            f"{spec.field}={shown(spec.targets)} matches {unfit[0]!r}, a {kind}, which cannot "
+            f"hold a {type(spec).__name__} adapter. {_nearest('', modules, spec)}"
         )
     selected = spec.select(names)
     if not selected:
         raise ValueError(
-            f"no module is left to adapt: all {len(names)} that targets={spec.targets!r} matches "
-            "are trained whole (modules_to_save)"
+            f"no module is left to adapt: all {len(names)} that targets={shown(spec.targets)} "
+            "matches are trained whole (modules_to_save)"
         )
     return selected
 
 
-def shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """Return the shortest target list that means exactly ``names``: last parts if they suffice."""
-    endings = sorted({name.rpartition(".")[2] for name in names})
-    meant = [n for n in own_modules(model) if any(_ends_with(n, ending) for ending in endings)]
-    return endings if sorted(meant) == sorted(names) else sorted(names)
+def shortest_targets(model: nn.Module, names: list[str]) -> str | list[str]:
+    """Return the shortest targets that mean exactly ``names``.
+
+    Last parts if they suffice, else whole names; an expression if another name ends in one.
+    """
+    modules, wanted = own_modules(model), set(names)
+    for entries in ({name.rpartition(".")[2] for name in names}, wanted):
+        if {name for name in modules if entries.intersection(_endings(name))} == wanted:
+            return sorted(entries)
+    return "|".join(map(re.escape, sorted(names)))
 
 
 def _select(
     modules: dict[str, nn.Module],
-    wanted: str | list[str],
+    wanted: str | list[str] | tuple[str, ...],
     field: str,
     model: nn.Module,
     spec: Part,
 ) -> list[str]:
+    if isinstance(wanted, tuple):
+        return [name for name in modules if name in set(wanted)]
     if wanted == "all":
         return [name for name, module in modules.items() if spec.fits(module)]
     if wanted == "all-linear":
@@ -70,28 +81,37 @@ def _select(
         return [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads
+            if isinstance(module, nn.Linear | Conv1D)
+            and id(module) not in heads
+            and spec.fits(module)
         ]
     if isinstance(wanted, str):
         check_pattern(wanted, field)
         names = [name for name in modules if matches(wanted, name, field)]
         if not names:
             raise ValueError(
-                f"{field}={wanted!r} matches no module. A string is a regular expression for the "
-                "whole dotted name; write a list for name endings. "
+                f"{field}={shown(wanted)} matches no module. A string is a regular expression for "
+                "the whole dotted name; write a list for name endings. "
                 f"{_nearest(wanted, modules, spec)}"
             )
         return names
+    endings = {name: set(_endings(name)) for name in modules}
+    known = set().union(*endings.values())
     for entry in wanted:
-        if not any(_ends_with(name, entry) for name in modules):
+        if entry not in known:
             raise ValueError(
-                f"{field} entry {entry!r} matches no module. {_nearest(entry, modules, spec)}"
+                f"{field} entry {shown(entry)} matches no module. {_nearest(entry, modules, spec)}"
             )
-    return [name for name in modules if any(_ends_with(name, entry) for entry in wanted)]
+    asked = set(wanted)
+    return [name for name in modules if endings[name] & asked]
 
 
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
+def _endings(name: str) -> Iterator[str]:
+    """The dotted name, and what follows each of its dots."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _layer_number(name: str) -> int | None:

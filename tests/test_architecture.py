@@ -47,6 +47,7 @@ FLOORS = {
     "callbacks/": 5,
     "evaluation.py": 5,
     "generation.py": 5,
+    "suggestions.py": 6,
     "cli.py": 6,
     "commands.py": 6,
     "__main__.py": 6,
@@ -217,6 +218,8 @@ def test_only_the_face_imports_by_a_computed_name(file):
 @every_file
 def test_nothing_is_unpickled_or_evaluated(file):
     for name, node in imports_of(file):
+        if name == "pickle.UnpicklingError":  # an exception to catch
+            continue
         assert not from_package(name, {"pickle", "dill", "cloudpickle", "joblib", "shelve"}), (
             f"{file}:{node.lineno} imports {name}"
         )

@@ -8,6 +8,7 @@ from lit_adapters.adapters.base import (
     Adapter,
     AdapterSpec,
     Part,
+    adapters_of,
     own_modules,
 )
 from lit_adapters.adapters.dora import DoRA, DoRAAdapter
@@ -42,6 +43,7 @@ __all__ = [
     "PrefixAdapter",
     "PrefixTuning",
     "TrainedCopy",
+    "adapters_of",
     "own_modules",
     "start_from_text",
 ]

@@ -1,11 +1,13 @@
 """The two halves of every method: its settings (`AdapterSpec`) and its module (`Adapter`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Generator, Tensor, nn
+
+from lit_adapters.adapters.fields import shown
 
 PREFIX = "base_model.model."  # of every key in a file; PEFT finds nothing without it
 OWN_TYPE = "LIT_"  # begins each ``peft_type`` that PEFT is to refuse
@@ -27,6 +29,7 @@ class Adapter(nn.Module, ABC):
     grown_from: int | None = None  # rows of its layer's weight before `claim` added some
     slot: ClassVar[str] = METHOD  # the name of the child
     changes_inputs: ClassVar[bool] = False  # whether `inputs` does anything
+    stands_in: ClassVar[bool] = False  # whether `call` does anything
 
     @abstractmethod
     def reset(self, layer: nn.Module, generator: Generator) -> None:
@@ -73,6 +76,20 @@ class Adapter(nn.Module, ABC):
 
     def release(self, layer: nn.Module, model: nn.Module) -> None:
         """Undo `claim`."""
+
+    def call(
+        self, layer: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Return ``run(*args, **kwargs)``, the forward of ``layer``, if it `stands_in`."""
+        return run(*args, **kwargs)
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        """Return what stands in for the bias of ``layer``, if anything does."""
+        return None
+
+    def overwrites(self) -> Set[str]:
+        """Return the names of the layer's tensors that `merge_into` writes."""
+        return {"weight"}
 
     def merge_into(self, layer: nn.Module) -> None:
         """Change the weight of ``layer`` so that it computes the same without the adapter.
@@ -137,6 +154,20 @@ class Adapted(NamedTuple):
     adapter: Adapter
 
 
+def adapters_of(layer: nn.Module) -> Iterator[Adapter]:
+    """Yield the adapters that ``layer`` itself holds, in the order in which they act."""
+    return (child for child in layer._modules.values() if isinstance(child, Adapter))
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """Return the bias that a call of ``layer`` adds, trained or frozen."""
+    for adapter in adapters_of(layer):
+        bias = adapter.bias(layer) if adapter.active else None
+        if bias is not None:
+            return bias
+    return getattr(layer, "bias", None)
+
+
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module below ``model`` by name, adapters and what is inside them left out."""
     adapters = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
@@ -153,7 +184,9 @@ class Part(ABC):
     A plain base class on purpose: the CLI would refuse subclasses of a dataclass.
     """
 
-    targets: str | list[str]
+    field: ClassVar[str] = "targets"  # what messages call the setting that names the layers
+
+    targets: str | list[str] | tuple[str, ...]  # a tuple is of whole names
     exclude: str | list[str] | None
     layers: list[int] | None
 
@@ -184,10 +217,10 @@ class Part(ABC):
 
     def build_all(
         self, layers: Mapping[str, nn.Module], stated: Mapping[str, Any]
-    ) -> dict[str, Adapter]:
+    ) -> list[Adapted]:
         """Build for each of the ``layers`` by name; ``stated`` is empty when attaching."""
         make = partial(self.rebuild, stated=stated) if stated else self.build
-        return {name: make(layer, name) for name, layer in layers.items()}
+        return [Adapted(name, layer, make(layer, name)) for name, layer in layers.items()]
 
 
 class AdapterSpec(Part):
@@ -196,6 +229,7 @@ class AdapterSpec(Part):
     peft_types: ClassVar[
         tuple[str, ...]
     ]  # values of ``peft_type`` in a config that may mean this method
+    text_field: ClassVar[str] = "text"  # the setting that may make it read texts
     peft_fields: ClassVar[Set[str]]  # the fields of such a config that `from_peft` reads
 
     def __post_init__(self) -> None:
@@ -203,10 +237,12 @@ class AdapterSpec(Part):
         for name, value in {"targets": self.targets, "exclude": self.exclude}.items():
             entries = [] if value is None else [value] if isinstance(value, str) else value
             if not isinstance(entries, list) or not all(isinstance(e, str) for e in entries):
-                raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
+                raise ValueError(
+                    f"{name} must be a string or a list of strings, got {shown(value)}"
+                )
         layers = [] if self.layers is None else self.layers
         if not isinstance(layers, list) or not all(type(n) is int for n in layers):
-            raise ValueError(f"layers must be a list of layer numbers, got {layers!r}")
+            raise ValueError(f"layers must be a list of layer numbers, got {shown(layers)}")
 
     @property
     def reads_text(self) -> bool:
@@ -237,7 +273,7 @@ class AdapterSpec(Part):
         return self
 
     @abstractmethod
-    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
+    def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of PEFT's ``adapter_config.json`` that say the same.
 
         ``targets`` are the shortest names that mean exactly the modules that hold the method;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_adapters.adapters.base import Adapted, AdapterSpec
+from lit_adapters.adapters.base import Adapted, AdapterSpec, bias_of
 from lit_adapters.adapters.lora import LoRA
 from lit_adapters.adapters.low_rank import LoRAAdapter
 from lit_adapters.initialisers import Factors, Initialiser
@@ -47,7 +47,7 @@ class DoRA(LoRA):
         """The module that these settings build."""
         return DoRAAdapter
 
-    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
+    def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of LoRA, and ``use_dora``."""
         return {**super().to_peft(targets, adapted), "use_dora": True}
 
@@ -140,7 +140,7 @@ class DoRAAdapter(LoRAAdapter):
         if self.drops(x):
             return self._with_dropout(layer, x, output, ratio)
         adapted = add_low_rank(layer, output.to(ratio.dtype), x, *factors, self.scale) * ratio
-        bias = getattr(layer, "bias", None)
+        bias = bias_of(layer)
         if bias is not None:
             adapted = adapted + (1 - ratio) * per_output(layer, bias)
         return adapted.to(output.dtype)
@@ -148,7 +148,7 @@ class DoRAAdapter(LoRAAdapter):
     def _with_dropout(self, layer: nn.Module, x: Tensor, output: Tensor, ratio: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout)
         base = layer.forward(dropped).to(ratio.dtype)  # not the call: no hooks
-        bias = getattr(layer, "bias", None)
+        bias = bias_of(layer)
         if bias is not None:
             base = base - per_output(layer, bias)
         if self.lora_A0 is not None and self.lora_B0 is not None:  # the base less its start

@@ -54,7 +54,7 @@ class FullFineTuning(AdapterSpec):
             )
         return TrainedLayer(self)
 
-    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
+    def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of the config, in PEFT's layout."""
         return {"peft_type": "LIT_FULL", "target_modules": targets}
 

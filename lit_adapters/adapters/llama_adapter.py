@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from lit_adapters.adapters.attention import is_half_rotary, named_inputs, queries, split_heads
 from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec
-from lit_adapters.adapters.fields import read_field
+from lit_adapters.adapters.fields import read_field, shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LLaMAAdapter(AdapterSpec):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.gate not in ("per-head", "scalar"):
-            raise ValueError(f"gate must be 'per-head' or 'scalar', got {self.gate!r}")
+            raise ValueError(f"gate must be 'per-head' or 'scalar', got {shown(self.gate)}")
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is an attention module whose queries can be computed again."""
@@ -73,7 +73,7 @@ class LLaMAAdapter(AdapterSpec):
         """Return prompts and gate for ``layer``, values not yet set."""
         return LLaMAAdapterLayer(self, layer)
 
-    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
+    def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of a config, PEFT's own if PEFT can say the same."""
         common = {"adapter_len": self.prompt_length, "adapter_layers": self.top_layers}
         ending = self._ending()

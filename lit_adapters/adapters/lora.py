@@ -8,12 +8,11 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor, nn
 
 from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec, Part
-from lit_adapters.adapters.biases import Bias, biases
-from lit_adapters.adapters.fields import read_field
+from lit_adapters.adapters.fields import read_field, shown
 from lit_adapters.adapters.low_rank import ORIGIN_NOTE, TAKEN_NOTE, LoRAAdapter
 from lit_adapters.adapters.new_tokens import NewRows, new_tokens, teach_tokens
 from lit_adapters.adapters.patterns import check_pattern, matches
-from lit_adapters.adapters.whole import TrainedCopy, WholeModules, within
+from lit_adapters.adapters.whole import Bias, TrainedCopy, WholeModules, biases, within
 from lit_adapters.weights import group_count, is_adaptable, matrix_shape, peft_agrees
 
 PEFT_BIAS: dict[Bias, str] = {"none": "none", "adapter": "lora_only", "all": "all"}
@@ -45,6 +44,7 @@ class LoRA(AdapterSpec):
             where the model has too few. A number is the id of a token that exists.
     """
 
+    text_field: ClassVar[str] = "new_tokens"
     # The second is for layers beside which PEFT computes something else.
     peft_types: ClassVar[tuple[str, ...]] = ("LORA", "LIT_LORA")
     peft_fields: ClassVar[Set[str]] = frozenset(
@@ -71,10 +71,14 @@ class LoRA(AdapterSpec):
         super().__post_init__()
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if type(rank) is not int or rank < 1:
-                raise ValueError(f"rank must be a positive integer, got {name}={rank!r}")
+                raise ValueError(
+                    f"rank must be a positive integer, got {shown(name)[1:-1]}={shown(rank)}"
+                )
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not _is_number(alpha) or not 0 <= alpha < 1e30:
-                raise ValueError(f"alpha must be a number of at least 0, got {name}={alpha!r}")
+                raise ValueError(
+                    f"alpha must be a number of at least 0, got {shown(name)[1:-1]}={shown(alpha)}"
+                )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
@@ -87,17 +91,19 @@ class LoRA(AdapterSpec):
             isinstance(whole, list) and whole and all(isinstance(w, str) and w for w in whole)
         ):
             raise ValueError(
-                f"modules_to_save must be a list of name endings such as ['lm_head'], got {whole!r}"
+                "modules_to_save must be a list of name endings such as ['lm_head'], got "
+                f"{shown(whole)}"
             )
         if self.bias not in get_args(Bias):
-            raise ValueError(f"bias must be one of {get_args(Bias)}, got {self.bias!r}")
+            raise ValueError(f"bias must be one of {get_args(Bias)}, got {shown(self.bias)}")
         if tokens is not None and not (
             isinstance(tokens, list)
             and tokens
             and all((isinstance(t, str) and t) or (type(t) is int and t >= 0) for t in tokens)
         ):
             raise ValueError(
-                f"new_tokens must be a list of texts such as ['<tool>'], or of ids, got {tokens!r}"
+                "new_tokens must be a list of texts such as ['<tool>'], or of ids, got "
+                f"{shown(tokens)}"
             )
 
     @property
@@ -141,7 +147,7 @@ class LoRA(AdapterSpec):
 
     def build(self, layer: nn.Module, name: str) -> LoRAAdapter:
         """Return an adapter with unset factors, on the device of ``layer``."""
-        rank, scale = self.rank_and_scale(name)
+        rank, _ = self.rank_and_scale(name)
         out_features, in_features = matrix_shape(layer)
         limit = min(out_features // group_count(layer), in_features)
         if rank > limit:
@@ -149,6 +155,10 @@ class LoRA(AdapterSpec):
                 f"rank {rank} exceeds min(out, in) = {limit} of {name!r}; lower `rank`, give "
                 f"this module its own in `rank_pattern`, or narrow `targets`"
             )
+        return self._made(layer, name)
+
+    def _made(self, layer: nn.Module, name: str) -> LoRAAdapter:
+        rank, scale = self.rank_and_scale(name)
         return self.adapter_class(self, rank, scale, self.dropout, layer)
 
     @property
@@ -172,7 +182,8 @@ class LoRA(AdapterSpec):
             raise ValueError(
                 f"origin={origin!r} is unknown; was the folder written by a later version?"
             )
-        adapter = (self.of_half_rank() if origin else self).build(layer, name)
+        # A file may hold more rank than its layer has use for: PEFT writes such.
+        adapter = (self.of_half_rank() if origin else self)._made(layer, name)
         adapter.pin(origin == ORIGIN_NOTE)
         if origin == TAKEN_NOTE:
             adapter.take()
@@ -196,7 +207,8 @@ class LoRA(AdapterSpec):
 
     def of_double_rank(self) -> "LoRA":
         """Return the plain LoRA that holds a pinned origin in the second half of its rank."""
-        return self._resized(lambda rank: 2 * rank, math.sqrt(2) if self.rslora else 2)
+        factor = math.sqrt(2) if self.rslora else 2
+        return self._resized(lambda rank: 2 * rank, lambda alpha: float(alpha * factor))
 
     def of_half_rank(self) -> "LoRA":
         """Undo `of_double_rank`.
@@ -209,24 +221,24 @@ class LoRA(AdapterSpec):
             raise ValueError(
                 f"a file with a pinned origin holds twice the rank, but rank {odd[0]} is odd"
             )
-        return self._resized(lambda rank: rank // 2, math.sqrt(0.5) if self.rslora else 0.5)
+        factor = math.sqrt(2) if self.rslora else 2
+        return self._resized(lambda rank: rank // 2, lambda alpha: _divided(alpha, factor))
 
-    def _resized(self, rank: Callable[[int], int], alpha: float) -> "LoRA":
+    def _resized(self, rank: Callable[[int], int], alpha: Callable[[float], float]) -> "LoRA":
         return replace(
             self,
             rank=rank(self.rank),
-            alpha=_rounded(self.alpha * alpha),
+            alpha=alpha(self.alpha),
             rank_pattern={key: rank(value) for key, value in self.rank_pattern.items()},
-            alpha_pattern={
-                key: _rounded(value * alpha) for key, value in self.alpha_pattern.items()
-            },
+            alpha_pattern={key: alpha(value) for key, value in self.alpha_pattern.items()},
         )
 
-    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
+    def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the LoRA fields of an ``adapter_config.json``."""
         matrices = [one for one in adapted if isinstance(one.adapter, LoRAAdapter)]
         rows = {one.name: one.adapter for one in adapted if isinstance(one.adapter, NewRows)}
-        whole = [one.name for one in adapted if isinstance(one.adapter, TrainedCopy)]
+        copies = [one.adapter for one in adapted if isinstance(one.adapter, TrainedCopy)]
+        whole = list(dict.fromkeys(c.root for c in copies if isinstance(c.spec, WholeModules)))
         agrees = all(peft_agrees(o.layer) and not o.adapter.has_taken for o in matrices)
         apart = not any(one.name in rows for one in adapted if one.adapter.slot != NewRows.slot)
         return {
@@ -298,10 +310,11 @@ def _read_tokens(config: Mapping[str, Any]) -> list[str | int] | None:
         return None
     if any(ids != lists[0] for ids in lists):
         raise ValueError(
-            f"trainable_token_indices={said!r}: rows that differ between layers are not supported"
+            f"trainable_token_indices={shown(said)}: rows that differ between layers are not "
+            "supported"
         )
     if not isinstance(lists[0], list) or not all(type(row) is int for row in lists[0]):
-        raise ValueError(f"trainable_token_indices must be lists of token ids, got {said!r}")
+        raise ValueError(f"trainable_token_indices must be lists of token ids, got {shown(said)}")
     return lists[0]
 
 
@@ -321,8 +334,12 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         )
 
 
-def _rounded(alpha: float) -> float:
-    return float(f"{alpha:.15g}")  # doubling and halving then give back the same number
+def _divided(product: float, factor: float) -> float:
+    """The shortest number whose product with ``factor`` is ``product``, to the bit."""
+    guess = product / factor
+    near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0))
+    fitting = [number for number in near if number * factor == product]
+    return min(fitting or near[:1], key=lambda number: len(repr(number)))
 
 
 def _is_number(value: Any) -> bool:

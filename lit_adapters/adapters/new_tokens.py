@@ -1,6 +1,5 @@
 """New tokens: rows of the embedding and of the output head, trained and saved by themselves."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lit_adapters.adapters.base import Adapter, Part
+from lit_adapters.adapters.base import Adapted, Adapter, Part, bias_of
 
 KEY = "token_adapter.trainable_tokens_delta"  # PEFT's; it holds rows, not differences
 
@@ -23,12 +22,12 @@ class NewTokens(Part):
     Args:
         tokens: Their texts, or ids where no text is known.
         ids: Their rows, in the same order.
-        targets: A regular expression for the dotted names of embedding and head.
+        targets: Dotted names of embedding and head.
     """
 
     tokens: tuple[str | int, ...]
     ids: tuple[int, ...]
-    targets: str
+    targets: tuple[str, ...]
     exclude: None = None
     layers: None = None
 
@@ -42,16 +41,14 @@ class NewTokens(Part):
 
     def build_all(
         self, layers: Mapping[str, nn.Module], stated: Mapping[str, Any]
-    ) -> dict[str, Adapter]:
+    ) -> list[Adapted]:
         """Let a tied output head use the rows of the embedding."""
-        built: dict[str, Adapter] = {}
-        owners: dict[int, Adapter] = {}
+        adapted: list[Adapted] = []
         for name, layer in layers.items():
-            built[name] = self.build(layer, name)
-            owner = owners.setdefault(id(layer.weight), built[name])
-            if owner is not built[name]:
-                built[name] = NewRows(self, name, 0, source=owner)
-        return built
+            owner = next((o.adapter for o in adapted if o.layer.weight is layer.weight), None)
+            made = NewRows(self, name, 0, owner) if owner else self.build(layer, name)
+            adapted.append(Adapted(name, layer, made))
+        return adapted
 
 
 def teach_tokens(tokenizer: Any, tokens: Sequence[str | int]) -> None:
@@ -79,7 +76,9 @@ def new_tokens(
     roots = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     embedding = roots[0].get_input_embeddings() if roots else None
     if not isinstance(embedding, nn.Embedding):
-        raise ValueError("new_tokens needs a Hugging Face model with a token embedding")
+        raise ValueError(
+            "new tokens (trainable_token_indices) need a Hugging Face model with a token embedding"
+        )
     ids = _ids(_texts(tokens, stated), tokens, tokenizer)
     rows = len(embedding.weight)
     for token, row in zip(_texts(tokens, stated), ids, strict=True):
@@ -100,8 +99,7 @@ def new_tokens(
         ends = [end for end in ends if any(names[id(end)].endswith(key) for key in listed)]
     if not ends:
         raise ValueError(f"trainable_token_indices={listed!r} names neither embedding nor head")
-    targets = "|".join(re.escape(names[id(end)]) for end in ends)
-    return NewTokens(tuple(_texts(tokens, stated)), ids, targets)
+    return NewTokens(tuple(_texts(tokens, stated)), ids, tuple(names[id(end)] for end in ends))
 
 
 def _texts(tokens: Sequence[str | int], stated: Mapping[str, Any]) -> Sequence[str | int]:
@@ -203,7 +201,7 @@ class NewRows(Adapter):
             found = F.embedding(hit.int().argmax(-1), self.values)
             found = found * getattr(layer, "embed_scale", 1.0)
             return torch.where(hit.any(-1, keepdim=True), found.to(output.dtype), output)
-        bias = getattr(layer, "bias", None)
+        bias = bias_of(layer)
         logits = F.linear(x, self.values.to(x.dtype), None if bias is None else bias[self.ids])
         output[..., self.ids] = logits.to(output.dtype)  # a second copy of all logits is too much
         return output
@@ -214,10 +212,9 @@ class NewRows(Adapter):
 
     @torch.no_grad()
     def merge_into(self, layer: nn.Module) -> None:
-        """Write the rows into the weight, once where it is tied."""
-        if self.source is None:
-            weight = layer.get_parameter("weight")
-            weight[self.ids] = self.values.to(weight.dtype)
+        """Write the rows into the weight."""
+        weight = layer.get_parameter("weight")
+        weight[self.ids] = self.values.to(weight.dtype)
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return the rows in PEFT's layout, in the order of the ids."""

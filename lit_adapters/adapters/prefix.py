@@ -86,7 +86,7 @@ class PrefixTuning(AdapterSpec):
         fits_peft = all(isinstance(a, PrefixAdapter) and a.peft_problem is None for a in adapters)
         return PEFTPrefixTuning(self.length, "all") if every and fits_peft else self
 
-    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
+    def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of a config that PEFT refuses, because it would compute something else.
 
         PEFT's prefix is in every layer, slides out of windows and knows only static rotations.
@@ -137,7 +137,7 @@ class PEFTPrefixTuning(PrefixTuning):
             )
         return adapter
 
-    def to_peft(self, targets: list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
+    def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the fields of PEFT's config; PEFT reads the sizes off the model."""
         return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.length}
 

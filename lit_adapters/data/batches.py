@@ -77,8 +77,7 @@ class TrainOrder:
     devices: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} is below 1; give at least 1")
+        _check_size(self.batch_size)
         if len(self.lengths) < self.devices:
             raise ValueError(
                 f"{len(self.lengths)} examples cannot be shared by {self.devices} devices; "
@@ -123,6 +122,9 @@ class EvalOrder:
     rank: int = 0
     devices: int = 1
 
+    def __post_init__(self) -> None:
+        _check_size(self.batch_size)
+
     def __len__(self) -> int:
         return math.ceil(math.ceil(self.examples / self.devices) / self.batch_size)
 
@@ -131,6 +133,11 @@ class EvalOrder:
         mine = list(range(self.rank, self.examples, self.devices))
         edges = [number * len(mine) // len(self) for number in range(len(self) + 1)]
         return [mine[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
 
 
 def _chop(items: list[int], size: int) -> list[list[int]]:

@@ -3,8 +3,10 @@
 A new format is one function from record to `Example` and one line in `FORMATS`.
 """
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from lit_adapters.data.templates import alpaca_prompt
@@ -109,4 +111,6 @@ def _text(record: Record, field: str, optional: bool = False) -> str:
 
 
 def _fields(record: Record) -> str:
-    return ", ".join(map(repr, record)) or "no fields"
+    names = [reprlib.repr(name) for name in islice(record, 10)]
+    more = f" and {len(record) - 10} more" if len(record) > 10 else ""
+    return (", ".join(names) or "no fields") + more

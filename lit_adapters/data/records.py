@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_adapters.data.encoding import decode
 from lit_adapters.data.formats import Record
 
 SplitName = Literal["train", "validation", "test"]
@@ -71,13 +72,7 @@ def read_file(file: Path) -> list[Record]:
         raise FileNotFoundError(f"{file} does not exist; {_near_names(file)}")
     if file.suffix not in _SUFFIXES:
         raise ValueError(f"{file} has suffix {file.suffix!r}; expected {' or '.join(_SUFFIXES)}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors add a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 (byte {error.start}); convert it, "
-            "for instance with: iconv -f latin1 -t utf-8"
-        ) from None
+    text = decode(file, file.read_bytes())
     if not text.strip():
         raise ValueError(f"{file} is empty; expected at least one record")
     return _parse_lines(file, text) if file.suffix == ".jsonl" else _parse_list(file, text)
@@ -105,14 +100,19 @@ def _parse_list(file: Path, text: str) -> list[Record]:
 
 
 def _parse(file: Path, text: str, line: int = 1) -> Any:
+    where = f"{file}, line {line}" if file.suffix == ".jsonl" else str(file)
     try:
         return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply; expected objects with texts") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{file}, line {line + error.lineno - 1}: malformed JSON ({error.msg}, column "
             f"{error.colno}); correct that line, or rename the file if it is "
             f"{'one list (.json)' if file.suffix == '.jsonl' else 'one object per line (.jsonl)'}"
         ) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{where} cannot be read ({error}); write texts instead") from None
 
 
 def _object(value: Any, where: str) -> Record:
@@ -130,11 +130,16 @@ def read_hub(hub_id: str) -> Splits:
     Only data files are read: the `datasets` versions we accept run no script of a repository
     unless told to trust it, and we never do.
     """
-    from datasets import load_dataset
-
     name, _, config = hub_id.partition(":")
     try:
+        from datasets import load_dataset
+
         loaded = load_dataset(name, config or None)
+    except ImportError as error:
+        raise ValueError(
+            f"{hub_id!r} is no local file or folder ({_near_names(Path(hub_id))}), and reading a "
+            f"data set of the hub needs the package datasets ({error}); pip install datasets"
+        ) from error
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{hub_id!r} is neither a local file or folder ({_near_names(Path(hub_id))}) "

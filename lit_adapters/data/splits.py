@@ -1,5 +1,6 @@
 """Making up for the splits a source does not have."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +30,10 @@ def hold_out(
     Raises:
         ValueError: `val_size` is negative, no whole count, or leaves nothing to train on.
     """
-    if val_size < 0 or (val_size >= 1 and val_size != int(val_size)):
-        raise ValueError(f"val_size {val_size} is neither a share in [0, 1) nor a whole count")
+    if not 0 <= val_size < math.inf or (val_size >= 1 and val_size != int(val_size)):
+        raise ValueError(
+            f"val_size {val_size} is neither a share in [0, 1) nor a whole count; give one"
+        )
     share = max(1, round(len(records) * val_size)) if val_size > 0 else 0
     count = int(val_size) if val_size >= 1 else share
     if count >= len(records):

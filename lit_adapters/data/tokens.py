@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict, get_args
 
 from lit_adapters.data.formats import Example
 
 IGNORED = -100
 """The label of a token that is read but not trained on."""
 
-Overlong = Literal["truncate", "drop"]
+Overlong = Literal["truncate", "truncate-prompt", "drop"]
 
 
 class Tokenizer(Protocol):
@@ -44,13 +44,20 @@ class LengthReport:
     p90: int
     longest: int
     trained_share: float
+    long_prompts: int = 0
 
     def __str__(self) -> str:
         """One paragraph for a person to read before the first step."""
+        prompts = (
+            f"The prompt alone fills max_length in {self.long_prompts} of all. "
+            if self.long_prompts
+            else ""
+        )
         return (
             f"{self.kept} of {self.examples} examples kept, {self.truncated} of them truncated to "
-            f"{self.max_length} tokens, {self.dropped} dropped. Lengths in tokens: 10% within "
-            f"{self.p10}, half within {self.p50}, 90% within {self.p90}, longest {self.longest}. "
+            f"{self.max_length} tokens, {self.dropped} dropped. {prompts}"
+            f"Lengths in tokens: 10% within {self.p10}, half within {self.p50}, 90% within "
+            f"{self.p90}, longest {self.longest}. "
             f"{self.trained_share:.0%} of the kept tokens are trained on."
         )
 
@@ -72,23 +79,33 @@ def tokenise(
         examples: At least one example.
         tokenizer: Must have an EOS token.
         max_length: Tokens per example, prompt included.
-        overlong: What happens to longer examples. Truncation is on the right; an example that
-            is left without a trained token is dropped all the same.
+        overlong: What happens to longer examples. "truncate" cuts them on the right, and drops
+            those that are left without a trained token: their prompt alone is too long.
+            "truncate-prompt" cuts the start of the prompt, behind BOS, before any of the response.
+            "drop" leaves them out.
 
     Raises:
         ValueError: The tokenizer has no EOS, or no example is left.
     """
-    if overlong not in ("truncate", "drop"):
-        raise ValueError(f"overlong {overlong!r} is unknown; use 'truncate' or 'drop'")
+    if overlong not in get_args(Overlong):
+        raise ValueError(
+            f"overlong {overlong!r} is unknown; use 'truncate' or 'drop', or 'truncate-prompt'"
+        )
+    if max_length < 2:
+        raise ValueError(
+            f"max_length {max_length} leaves no token to predict; give at least 2, better hundreds"
+        )
     if not examples:
         raise ValueError("there are no examples to tokenise; expected at least one")
-    whole = _encode(examples, tokenizer)
-    kept, truncated = _fit(whole, max_length, overlong)
+    before = leading_ids(tokenizer)
+    whole = _encode(examples, tokenizer, before)
+    kept, truncated = _fit(whole, max_length, overlong, len(before))
     report = _report(whole, kept, truncated, max_length)
     if not kept:
+        cut = "let overlong='truncate-prompt' cut prompts, or " if overlong == "truncate" else ""
         raise ValueError(
             f"none of {len(whole)} examples has a trained token within max_length {max_length} "
-            f"(lengths: half within {report.p50} tokens, longest {report.longest}); raise "
+            f"(lengths: half within {report.p50} tokens, longest {report.longest}); {cut}raise "
             "max_length" + (" or use overlong='truncate'" if overlong == "drop" else "")
         )
     return kept, report
@@ -107,7 +124,7 @@ def trained_tokens(labels: Sequence[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def _encode(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Tokens]:
+def _encode(examples: Sequence[Example], tokenizer: Tokenizer, before: list[int]) -> list[Tokens]:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
@@ -118,7 +135,6 @@ def _encode(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Tokens]:
     options = {"add_special_tokens": False, "verbose": False}
     prompts = tokenizer([example.prompt for example in examples], **options)["input_ids"]
     responses = tokenizer([example.response for example in examples], **options)["input_ids"]
-    before = leading_ids(tokenizer)
     return [
         _join(before, prompt, [*response, eos])
         for prompt, response in zip(prompts, responses, strict=True)
@@ -131,17 +147,31 @@ def _join(before: list[int], prompt: list[int], response: list[int]) -> Tokens:
     return Tokens(input_ids=prompt + response, labels=[IGNORED] * len(prompt) + response)
 
 
-def _fit(whole: list[Tokens], max_length: int, overlong: Overlong) -> tuple[list[Tokens], int]:
-    """Return the examples that fit or were made to, and how many were truncated."""
+def _fit(
+    whole: list[Tokens], max_length: int, overlong: Overlong, lead: int
+) -> tuple[list[Tokens], int]:
+    """Return the examples that fit or were made to, and how many were truncated.
+
+    `lead` tokens at the start of a prompt are never cut.
+    """
     kept, truncated = [], 0
     for tokens in whole:
-        too_long = len(tokens["input_ids"]) > max_length
-        ids, labels = tokens["input_ids"][:max_length], tokens["labels"][:max_length]
+        ids, labels = tokens["input_ids"], tokens["labels"]
+        excess = len(ids) - max_length
+        too_long = excess > 0
+        if too_long and overlong == "truncate-prompt":
+            cut = min(excess, _prompt_tokens(tokens) - lead)
+            ids, labels = ids[:lead] + ids[lead + cut :], labels[:lead] + labels[lead + cut :]
+        ids, labels = ids[:max_length], labels[:max_length]
         if (too_long and overlong == "drop") or not trained_tokens(labels):
             continue
         kept.append(Tokens(input_ids=ids, labels=labels))
         truncated += too_long
     return kept, truncated
+
+
+def _prompt_tokens(tokens: Tokens) -> int:
+    return tokens["labels"].count(IGNORED)
 
 
 def _report(
@@ -162,4 +192,5 @@ def _report(
         p90=p90,
         longest=lengths[-1],
         trained_share=trained / total if total else 0.0,
+        long_prompts=sum(_prompt_tokens(tokens) >= max_length for tokens in whole),
     )

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+# The output projection of nn.MultiheadAttention, which reads its weight and never calls it.
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
 BLOCK = 1 << 22  # elements converted to fp32 at a time
 
 
@@ -169,5 +172,6 @@ def is_lookup(layer: nn.Module) -> bool:
 
 
 def is_adaptable(layer: nn.Module) -> bool:
-    """Whether some storage is registered for the type of ``layer``."""
-    return matrix_shape.dispatch(type(layer)) is not matrix_shape.dispatch(object)
+    """Whether some storage is registered for the type of ``layer``, and hooks on it ever run."""
+    is_known = matrix_shape.dispatch(type(layer)) is not matrix_shape.dispatch(object)
+    return is_known and not isinstance(layer, NonDynamicallyQuantizableLinear)

@@ -1,0 +1,260 @@
+"""Settings that mean nothing: the command line names what was probably meant, in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_adapters import LoRA, attach
+from lit_adapters.datamodule import InstructionDataModule
+from lit_adapters.module import AdapterFineTuneModule
+from lit_adapters.suggestions import ClearErrors, clearer
+from tests.models import llama, snapshot
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = [
+    "config",
+    "model.base",
+    "model.lora_plus_ratio",
+    "model.optimizer",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "data.max_length",
+]
+
+# ---------------------------------------------------------------- the words, by themselves
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            "unrecognized arguments: --model.lora_pluss_ratio 4",
+            "unknown option '--model.lora_pluss_ratio'; did you mean --model.lora_plus_ratio?",
+        ),
+        (
+            "unrecognized arguments: --model.lora_pluss_ratio=4 --other",
+            "unknown option '--model.lora_pluss_ratio'; did you mean --model.lora_plus_ratio?",
+        ),
+        (
+            "Subcommand 'fit' does not accept option 'modle.base'",
+            "unknown option 'modle.base'; did you mean model.base?",
+        ),
+        (
+            "Group 'model' does not accept option 'model.bse'",
+            "unknown option 'model.bse'; did you mean model.base?",
+        ),
+        (
+            "unrecognized arguments: --optimizer x",
+            "unknown option '--optimizer'; did you mean --model.optimizer?",
+        ),
+        (
+            "unrecognized arguments: -zzz",
+            "unknown option '--zzz'; did you forget a part of its name? COMMAND --help lists all",
+        ),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(message, line):
+    assert clearer(message, OPTIONS) == line
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "",
+        "something else",
+        "the following arguments are required: merge.adapter",
+        "Errors:\n  - one\n  - two\nGiven value type: x",
+        "Option 'x' is not accepted before subcommand fit",
+    ],
+)
+def test_what_is_not_about_a_name_is_left_as_it_is(message):
+    assert clearer(message, OPTIONS) == message
+
+
+# ---------------------------------------------------------------- in the parsers
+
+
+class TrainingParser(ClearErrors, LightningArgumentParser):
+    classes = ("LoRA", "DoRA")
+
+
+class PlainParser(ClearErrors, ArgumentParser):
+    pass
+
+
+def said(act, capsys):
+    """What ``act`` writes before it exits as a wrong usage does: one line and where to look."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        act()
+    assert stopped.value.code == 2
+    written = capsys.readouterr().err.strip().splitlines()
+    assert len(written) == 2, written
+    assert written[0].startswith("error: ")
+    assert "--help" in written[1]
+    return written[0].removeprefix("error: ")
+
+
+def fit(*words):
+    set_parsing_settings(import_path_denylist=["os", "subprocess", "builtins"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lit_adapters", "fit", *map(str, words)])
+        LightningCLI(
+            AdapterFineTuneModule,
+            InstructionDataModule,
+            parser_class=TrainingParser,
+            parser_kwargs={"allow_abbrev": False},
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+        )
+
+
+LORA = ["--model.adapter", "LoRA"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--model.adapter.init_args.rnk", "4"], "--model.adapter LoRA"),
+        ([*LORA, "--model.adapter.init_args.rnk", "4"], "option 'rnk'; did you mean rank?"),
+        ([*LORA, "--model.adapter.rnk=4"], "model.adapter: lit_adapters.LoRA: unknown option"),
+        ([*LORA, "--model.adapter.rank", "eight"], "LoRA: rank must be int, got 'eight'"),
+        (["--model.adapter", "LoRAA"], "'LoRAA' is unknown; did you mean LoRA"),
+        (["--model.lora_pluss_ratio", "4"], "did you mean --model.lora_plus_ratio?"),
+        (["--model.lr_scheduler", "cosin"], "'cosin' is unknown; did you mean cosine?"),
+        (["--trainer.max_step", "4"], "did you mean --trainer.max_steps"),
+        (["--data.max_len", "4"], "did you mean --data.max_length?"),
+        (["--confg", "x.yaml"], "did you mean --config?"),
+    ],
+)
+def test_a_mistyped_flag_of_a_training_is_one_line(words, line, capsys):
+    assert line in said(lambda: fit(*words), capsys)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("modle:\n  base: tiny\n", "unknown option 'modle.base'; did you mean model.base?"),
+        ("model:\n  bse: tiny\n", "unknown option 'model.bse'; did you mean model.base"),
+        ("trainer:\n  max_step: 4\n", "did you mean trainer.max_steps"),
+        (
+            "model:\n  adapter:\n    class_path: lit_adapters.LoRA\n    init_args:\n      rnk: 4\n",
+            "model.adapter: lit_adapters.LoRA: unknown option 'rnk'; did you mean rank?",
+        ),
+        (
+            "model:\n  optimizer:\n    class_path: torch.optim.AdamW\n"
+            "    init_args:\n      lrr: 4\n",
+            "model.optimizer: unknown option 'lrr'; did you mean lr?",
+        ),
+    ],
+    ids=["group", "key", "trainer", "adapter", "optimizer"],
+)
+def test_a_mistyped_key_of_a_config_is_one_line(text, line, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert line in said(lambda: fit("--config", tmp_path / "bad.yaml"), capsys)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_setting_that_its_class_refuses_is_one_line():
+    with pytest.raises(ValueError, match="rank must be") as caught:
+        fit(*LORA, "--model.adapter.rank=-1", "--data.val_size=0")
+    assert len(str(caught.value).splitlines()) > 3  # what jsonargparse makes of it
+    line = "lit_adapters.LoRA: rank must be a positive integer, got rank=-1"
+    assert clearer(str(caught.value), ()) == line
+
+
+def answer(adapter: str | None = None, prompt: str = "") -> None:
+    """Stand in for a command without a trainer."""
+
+
+def test_a_mistyped_flag_of_the_other_commands_is_one_line(capsys):
+    def act():
+        auto_cli(
+            {"generate": answer},
+            as_positional=False,
+            args=["generate", "--adaptr=x"],
+            parser_class=PlainParser,
+        )
+
+    assert said(act, capsys) == "unknown option '--adaptr'; did you mean --adapter?"
+
+
+# ---------------------------------------------------------------- as a user runs it
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model.adapter.rank=999"], ["999", "128", "q_proj", "lower `rank`"]),
+        (["--model.adapter.targets=[q_prj, v_proj]"], ["'q_prj'", "q_proj"]),
+        (["--data.path=bad.jsonl"], ["bad.jsonl, line 2", "malformed", "correct"]),
+        (["--data.path=long.jsonl"], ["long.jsonl (train)", "none of", "truncate-prompt"]),
+        (["--data.path=long.jsonl", "--data.max_length=900"], ["601", "512 at most", "max_length"]),
+    ],
+    ids=["rank", "targets", "malformed", "long", "context"],
+)
+def test_a_fit_that_cannot_start_says_why_and_writes_no_checkpoint(tmp_path, more, words):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    record = json.dumps({"prompt": "word " * 299, "completion": "b"})
+    (tmp_path / "long.jsonl").write_text("\n".join([record] * 8))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lit_adapters", "fit", "--trainer.accelerator=cpu"),
+            *(f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1", *LORA),
+            *("--data.max_length=256", "--data.val_size=1", *more),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# ---------------------------------------------------------------- in Python
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"targets": "(" * 4000 + "a" + ")" * 4000}, ["nested too deeply", "list name endings"]),
+        ({"targets": "q_proj|" * 5000}, ["35000 characters", "at most 20000", "list name"]),
+        ({"rank_pattern": {"(" * 4000 + "a" + ")" * 4000: 2}}, ["nested too deeply"]),
+        ({"exclude": "q_proj|" * 5000}, ["exclude=", "35000 characters"]),
+    ],
+    ids=["deep", "long", "deep-pattern", "long-exclude"],
+)
+def test_a_pattern_that_no_engine_should_be_given_is_refused(settings, words):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="=") as caught:
+        attach(model, LoRA(rank=2, **settings))
+    message = str(caught.value)
+    assert len(message) < 600
+    for word in words:
+        assert word in message
+    assert snapshot(model) == before
+
+
+def test_a_pattern_for_every_module_of_a_large_model_is_no_trouble():
+    """As PEFT writes after ranks were chosen by data; each is compiled once."""
+    names = [
+        f"model.layers.{layer}.{part}_proj" for layer in range(200) for part in ("q", "k", "v")
+    ]
+    patterns = {name.replace(".", r"\."): 2 for name in names}
+    spec = LoRA(rank_pattern=patterns)
+    assert [spec.rank_and_scale(name)[0] for name in names[::40]] == [2] * 15
