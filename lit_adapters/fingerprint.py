@@ -44,7 +44,8 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
     for name, parameter in model.named_parameters():
         matrix = owners.get(id(parameter))
         if matrix is not None:
-            rest.update(name, matrix_shape(matrix))
+            rows, columns = matrix_shape(matrix)
+            rest.update(name, (sizes.get(id(parameter)) or rows, columns))
         if id(parameter) in adapters or not parameter.is_floating_point():
             continue
         own = parameter.detach()[: sizes.get(id(parameter))]

@@ -80,6 +80,18 @@ def test_configs_differ_in_the_method_and_its_rate_alone(method):
     assert own == plain
 
 
+def test_a_quantisation_can_be_a_name_or_a_class(capsys):
+    for word in ("nf4", "fp4", "int8", "null"):
+        found = parsed(capsys, MAIN, more=(f"--model.quantization={word}",))
+        assert found["model"]["quantization"] == (None if word == "null" else word)
+    settings = ("--model.quantization=lit_adapters.BitsAndBytes", "--model.quantization.kind=fp4")
+    found = parsed(capsys, MAIN, more=(*settings, "--model.quantization.storage=bfloat16"))
+    chosen = found["model"]["quantization"]
+    assert chosen["class_path"] == "lit_adapters.BitsAndBytes"
+    assert (chosen["init_args"]["kind"], chosen["init_args"]["storage"]) == ("fp4", "bfloat16")
+    assert chosen["init_args"]["double_quant"] is True
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_changes_what_it_names_and_nothing_else(capsys, overlay):
     named = yaml.safe_load((CONFIGS / overlay).read_text())

@@ -463,6 +463,18 @@ def test_an_adapter_goes_from_quantised_to_dense_and_back(quantised, tmp_path, k
     load_adapter(quantised(kind=kind), tmp_path / "two")
 
 
+def test_a_start_from_gradients_is_made_on_the_dense_base_and_loaded(quantised, tmp_path):
+    dense = FAMILIES["llama"]()
+    attach(dense, LoRA(rank=4), seed=0)
+    initialise(dense, LoRAGA(), [batch()], seed=0)
+    save_adapter(dense, tmp_path)
+    model = quantised()
+    before = logits(model)
+    load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+    assert model.model.layers[0].mlp.up_proj.adapter.pinned
+
+
 def test_merging_reloads_dense_and_adds_the_product_to_the_original_weight(quantised, tmp_path):
     model = quantised()
     attach(model, LoRA(rank=4, alpha=8), seed=0)
