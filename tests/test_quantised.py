@@ -46,6 +46,8 @@ from lit_adapters.weights import (
     matrix_shape,
     read_weight,
     requantise,
+    rounded,
+    rounding,
     settle,
     side_tensors,
     weight_blocks,
@@ -244,10 +246,26 @@ def test_quantising_what_is_held_changes_nothing_and_something_else_is_held(quan
     before = packed(model)
     requantise(layer, dense)
     same(before, packed(model))
+    if kind == "nf4":
+        assert layer.weight.quant_state.dtype == torch.float32  # what the backward pass reads
     requantise(layer, 0.5 * dense)
     assert (read_weight(layer) - 0.5 * dense).norm() < 0.1 * (0.5 * dense).norm()
     with pytest.raises(TypeError, match="quantization='nf4'"):
         requantise(nn.Linear(2, 2), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(64, 160), (48, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_dense_matrix_is_rounded_as_a_layer_rounds_it(kind, double, shape, dtype):
+    dense, layer = four_bit(shape, quant_type=kind, compress_statistics=double)
+    layer.weight.quant_state.dtype = dtype
+    W = torch.randn(shape)
+    requantise(layer, W)
+    assert layer.weight.quant_state.dtype == dtype
+    assert rounding(layer) == {"kind": kind, "double_quant": double}
+    assert torch.equal(rounded(W, rounding(layer)), read_weight(layer))
 
 
 def test_layers_are_known_before_bitsandbytes_is_imported():
@@ -492,14 +510,16 @@ def test_merging_reloads_dense_and_adds_the_product_to_the_original_weight(quant
 @every_kind
 def test_merging_in_place_is_refused_and_changes_nothing(quantised, tmp_path, kind):
     model = quantised(kind=kind)
-    attach(model, LoRA(rank=4, targets=["q_proj", "lm_head"]), seed=0)
+    attach(model, LoRA(rank=4, targets=["embed_tokens", "q_proj", "lm_head"]), seed=0)
     shake(model)
-    before, head, bits = logits(model), model.lm_head.weight.clone(), packed(model)
+    before, bits = logits(model), packed(model)
+    plain = [m.weight.clone() for m in (model.model.embed_tokens, model.lm_head)]
     for run in (merge, lambda m: export_merged(m, tmp_path / "out")):
         with pytest.raises(ValueError, match=r"quantised.*without.*quantisation.*merge"):
             run(model)
     assert torch.equal(logits(model), before)
-    assert torch.equal(model.lm_head.weight, head)
+    assert torch.equal(model.model.embed_tokens.weight, plain[0])
+    assert torch.equal(model.lm_head.weight, plain[1])
     same(bits, packed(model))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="undo most of what was trained"):
