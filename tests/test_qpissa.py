@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -168,6 +170,18 @@ def test_on_trained_weights_more_rounds_help_and_loftq_helps_less(base):
     assert one > 0.1
     assert five > one + 0.02
     assert five > loftq + 0.01
+
+
+def test_the_benchmark_prints_its_table_beside_the_papers_numbers():
+    script = [sys.executable, str(ROOT / "benchmarks" / "quantisation_error.py"), "--ranks", "4"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, _, ours, *papers = done.stdout.strip().splitlines()
+    assert head.count("|") == ours.count("|") == papers[0].count("|")
+    assert ours.startswith("| tiny, r 4 | 0% | ")
+    assert [row.split("|")[1].strip() for row in papers] == [
+        "LLaMA-2-7B (paper)", "LLaMA-3-8B (paper)", "LLaMA-3-70B (paper)"
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- what computes
