@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +81,7 @@ def load_base(
             device = device or _quantising_device()
             compute_dtype = compute_dtype or dtype
             _check_bf16(compute_dtype, device)
-            head = _output_head(base, revision)
+            head = partial(_output_head, base, revision)
             options["quantization_config"] = settings.loading(compute_dtype, head)
             options["device_map"] = {"": device}
         model = AutoModelForCausalLM.from_pretrained(

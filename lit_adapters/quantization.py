@@ -1,7 +1,7 @@
 """How a base is quantised while it is loaded: bitsandbytes, through transformers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -18,12 +18,12 @@ class Quantization(ABC):
     """Settings of a quantisation, as a config file states them."""
 
     @abstractmethod
-    def loading(self, compute_dtype: torch.dtype, head: Sequence[str]) -> Any:
+    def loading(self, compute_dtype: torch.dtype, head: Callable[[], Sequence[str]]) -> Any:
         """Return the ``quantization_config`` of transformers.
 
         Args:
             compute_dtype: In which the layers multiply, if the settings leave it open.
-            head: Names of the output head, which keeps its precision.
+            head: Finds the names of the output head, which keeps its precision.
         """
 
 
@@ -58,7 +58,9 @@ class BitsAndBytes(Quantization):
                     f"{getattr(self, name)!r}"
                 )
 
-    def loading(self, compute_dtype: torch.dtype, head: Sequence[str]) -> BitsAndBytesConfig:
+    def loading(
+        self, compute_dtype: torch.dtype, head: Callable[[], Sequence[str]]
+    ) -> BitsAndBytesConfig:
         """Return the ``quantization_config`` of transformers."""
         missing = [name for name in PACKAGES if find_spec(name) is None]
         if missing:
@@ -66,7 +68,7 @@ class BitsAndBytes(Quantization):
                 f"quantization={self.kind!r} needs {' and '.join(missing)}: pip install "
                 "'lit_adapters[quant]'"
             )
-        skipped = None if self.skip is None else [*head, *self.skip]
+        skipped = None if self.skip is None else [*head(), *self.skip]
         if self.kind == "int8":
             return BitsAndBytesConfig(
                 load_in_8bit=True,

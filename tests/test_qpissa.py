@@ -15,9 +15,10 @@ from torch import nn
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_adapters import (
+    AdapterCheckpoint,
     AdapterFineTuneModule,
     AdapterSet,
     BitsAndBytes,
@@ -419,3 +420,45 @@ def test_a_run_resumes_to_the_bit_and_evaluates_from_its_checkpoint(folders, tmp
     again = load_base(str(folders / "llama-0"), quantization="nf4")
     load_adapter(again, tmp_path / "folder")
     assert torch.equal(logits(again), logits(straight.model))
+
+
+class Foreign(LightningModule):
+    """Someone's own module, around a model that was quantised and adapted in ``__init__``."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.net = load_base(str(folder), quantization="nf4")
+        attach(self.net, SPEC, seed=0)
+        self.net.train()
+        self.strict_loading = False
+
+    def training_step(self, data, index):
+        return self.net(**data).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_foreign_module_resumes_on_the_same_base(folders, tmp_path, visible):
+    def run(steps, ckpt_path=None):
+        module = Foreign(folders / "llama-0")
+        trainer = Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=steps,
+            enable_model_summary=False, callbacks=[InitAdapters(QPiSSA(2)), AdapterCheckpoint()],
+            default_root_dir=tmp_path / f"{steps}-{ckpt_path is None}",
+        )  # fmt: skip
+        trainer.ckpt_path = ckpt_path if visible else None
+        data = Batches([batch()] * 4)
+        trainer.fit(module, data, ckpt_path=None if visible else ckpt_path)
+        return module, trainer
+
+    straight, _ = run(4)
+    _, short = run(2)
+    resumed, _ = run(4, short.checkpoint_callback.last_model_path)
+    same(packed(straight), packed(resumed))
+    assert torch.equal(logits(straight.net.eval()), logits(resumed.net.eval()))
+    save_adapter(resumed.net, tmp_path / "folder")
+    again = load_base(str(folders / "llama-0"), quantization="nf4")
+    load_adapter(again, tmp_path / "folder")
+    assert torch.equal(logits(again), logits(resumed.net))
