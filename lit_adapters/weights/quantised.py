@@ -6,7 +6,6 @@ imported when one of them is read.
 
 import logging
 import warnings
-from abc import ABC
 from collections.abc import Iterator, Mapping
 from math import gcd
 from typing import Any, NoReturn
@@ -31,22 +30,24 @@ from lit_adapters.weights.storage import (
 PACKAGE = "bitsandbytes"
 
 
-class _ByName(ABC):  # noqa: B024
-    """Counts as a base class of the bitsandbytes class that has the same name."""
+class _ByName(type):
+    """Makes a class count as a base of the bitsandbytes class that has the same name.
 
-    @classmethod
-    def __subclasshook__(cls, other: type) -> bool:
+    Not an ABC: with one registered, torch.compile cannot trace what `singledispatch` does.
+    """
+
+    def __subclasscheck__(cls, other: type) -> bool:
         return any(
             base.__name__ == cls.__name__ and base.__module__.partition(".")[0] == PACKAGE
             for base in other.__mro__
         )
 
 
-class Linear4bit(_ByName):
+class Linear4bit(metaclass=_ByName):
     """NF4 or FP4: a 4-bit number for each element, and a scale for each block of 64."""
 
 
-class Linear8bitLt(_ByName):
+class Linear8bitLt(metaclass=_ByName):
     """int8: a number of -127 to 127 for each element, and a scale for each row."""
 
 
