@@ -25,9 +25,19 @@ if TYPE_CHECKING:
     from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
     from lit_adapters.export import export_merged, export_peft
     from lit_adapters.initialisation import initialise
-    from lit_adapters.initialisers import Gaussian, Kaiming, LoRAGA, MiLoRA, OLoRA, PiSSA
+    from lit_adapters.initialisers import (
+        Gaussian,
+        Kaiming,
+        LoftQ,
+        LoRAGA,
+        MiLoRA,
+        OLoRA,
+        PiSSA,
+        QPiSSA,
+    )
     from lit_adapters.io import load_adapter, save_adapter
     from lit_adapters.module import AdapterFineTuneModule
+    from lit_adapters.quantization import BitsAndBytes
 
 
 # Public names by the module that defines them. Resolved on first use, so that `--help` and a plain
@@ -47,9 +57,19 @@ _HOMES = {
     "lit_adapters.datamodule": ["AlpacaDataModule", "InstructionDataModule"],
     "lit_adapters.export": ["export_merged", "export_peft"],
     "lit_adapters.initialisation": ["initialise"],
-    "lit_adapters.initialisers": ["Gaussian", "Kaiming", "LoRAGA", "MiLoRA", "OLoRA", "PiSSA"],
+    "lit_adapters.initialisers": [
+        "Gaussian",
+        "Kaiming",
+        "LoRAGA",
+        "LoftQ",
+        "MiLoRA",
+        "OLoRA",
+        "PiSSA",
+        "QPiSSA",
+    ],
     "lit_adapters.io": ["load_adapter", "save_adapter"],
     "lit_adapters.module": ["AdapterFineTuneModule"],
+    "lit_adapters.quantization": ["BitsAndBytes"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -58,6 +78,7 @@ __all__ = [
     "AdapterFineTuneModule",
     "AdapterSet",
     "AlpacaDataModule",
+    "BitsAndBytes",
     "DoRA",
     "FullFineTuning",
     "GaLore",
@@ -68,10 +89,12 @@ __all__ = [
     "LLaMAAdapter",
     "LoRA",
     "LoRAGA",
+    "LoftQ",
     "MiLoRA",
     "OLoRA",
     "PiSSA",
     "PrefixTuning",
+    "QPiSSA",
     "SampleGenerations",
     "__version__",
     "attach",

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.adapters import Adapted, AdapterSpec, FullFineTuning, LoRA, LoRAAdapter
+from lit_adapters.adapters.low_rank import TAKEN_NOTE
 from lit_adapters.attachment import adapted_layers, attach, materialise, merge, mount, unmount
+from lit_adapters.folder import EXTRA, read_json
 from lit_adapters.initialisers import Factors
 from lit_adapters.io import folder_spec, load_adapter, save_adapter
+from lit_adapters.remainders import with_taken
 from lit_adapters.weights import group_count, matrix_shape
 
 
@@ -34,6 +37,8 @@ class AdapterSet:
 
     def __init__(self, model: nn.Module) -> None:
         held = list(adapted_layers(model))
+        if any(with_taken(held)):
+            _refuse_taken()
         if any(isinstance(adapter.spec, FullFineTuning) for *_, adapter in held):
             _refuse_full()
         self.model = model
@@ -62,6 +67,9 @@ class AdapterSet:
         with self._added(name):
             if isinstance(folder_spec(Path(path)), FullFineTuning):
                 _refuse_full()
+            extra = Path(path) / EXTRA
+            if extra.exists() and read_json(Path(path), EXTRA).get("origin") == TAKEN_NOTE:
+                _refuse_taken()
             load_adapter(self.model, path, check_base=check_base, tokenizer=tokenizer)
 
     def activate(self, name: str | None) -> None:
@@ -222,6 +230,13 @@ def _refuse_full() -> None:
     raise ValueError(
         "FullFineTuning trains the base's own weights, and an AdapterSet switches adapters on a "
         "base that stays; use LoRA with modules_to_save for whole modules"
+    )
+
+
+def _refuse_taken() -> None:
+    raise ValueError(
+        "an adapter that started by QPiSSA or LoftQ has a base of its own, which lacks what is in "
+        "the adapter, and an AdapterSet switches adapters on one base; merge it, or load it alone"
     )
 
 

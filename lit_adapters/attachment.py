@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec, adapters_of
 from lit_adapters.initialisers import named_generator
 from lit_adapters.targets import match_targets
+from lit_adapters.weights import is_plain, settle
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -116,6 +117,8 @@ def materialise(adapter: Adapter, layer: nn.Module) -> Adapter:
 def mount(model: nn.Module, adapted: Iterable[Adapted]) -> None:
     """Freeze ``model`` and put finished adapters on their layers."""
     model.requires_grad_(False)
+    for module in model.modules():
+        settle(module)
     for _, layer, adapter in adapted:
         adapter.claim(layer, model)
         if not any(adapters_of(layer)):
@@ -220,6 +223,14 @@ def merge(model: Model, untie: bool = False) -> Model:
     if not adapted:
         raise ValueError("the model holds no adapters, so there is nothing to merge")
     _check_removable(adapted)
+    for name, layer, _ in adapted:
+        if not is_plain(layer):
+            raise ValueError(
+                f"{name!r} is quantised ({type(layer).__name__}), and rounding a merged weight to "
+                "so few bits again would undo most of what was trained; load the base without "
+                "quantisation, load the adapter on it, merge there and save (the `merge` command "
+                "does)"
+            )
     for name, layer, key, others in list(_tied(model, adapted)):
         if not untie:
             raise ValueError(

@@ -2,17 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from lit_adapters.quantization import Kind, Quantization, as_quantization
+from lit_adapters.weights import hush, settle
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -43,22 +49,72 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    quantization: Kind | Quantization | None = None,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model ``base``, in evaluation mode, weights in ``dtype``.
 
     Only safetensors are read, and no code from a model's folder is run.
 
+    Args:
+        base: ``tiny``, a local folder or a hub id.
+        dtype: Of the weights, of those that are not quantised.
+        revision: Branch, tag or commit of a hub model.
+        attn_implementation: Of transformers, such as sdpa.
+        quantization: Of the linear layers, one after the other while they are loaded.
+        compute_dtype: In which quantised layers multiply; ``dtype`` if null.
+        device: Where to quantise; a CUDA device if there is one, if null.
+
     Raises:
         FileNotFoundError: if a local folder is missing.
         OSError: if the hub has no such model, wants a login or cannot be reached.
+        RuntimeError: if a package is missing that quantises, or the device lacks bf16.
     """
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": revision}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    settings = as_quantization(quantization)
     with _explained(base):
-        return AutoModelForCausalLM.from_pretrained(
+        if settings is not None:
+            hush()
+            device = device or _quantising_device()
+            compute_dtype = compute_dtype or dtype
+            _check_bf16(compute_dtype, device)
+            head = partial(_output_head, base, revision)
+            options["quantization_config"] = settings.loading(compute_dtype, head)
+            options["device_map"] = {"": device}
+        model = AutoModelForCausalLM.from_pretrained(
             resolve_base(base), trust_remote_code=False, **options
         )
+    for module in model.modules():
+        settle(module)
+    return model
+
+
+def _quantising_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _check_bf16(dtype: torch.dtype, device: torch.device) -> None:
+    lacking = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == torch.bfloat16 and lacking:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} has no bf16, in which the quantised layers were "
+            "to multiply; train with precision='16-mixed' or '32-true'"
+        )
+
+
+def _output_head(base: str, revision: str | None) -> list[str]:
+    """Names of the output head of ``base``, found without its weights."""
+    path = resolve_base(base)
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, module in model.named_modules() if module is head]
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from lit_adapters.data import alpaca_prompt
 from lit_adapters.export import export_merged, export_peft, serving_notes
 from lit_adapters.generation import generate as generate_answers
 from lit_adapters.io import load_adapter, peft_config
+from lit_adapters.quantization import Kind
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -32,6 +33,7 @@ def generate(
     tokenizer: str | None = None,
     revision: str | None = None,
     json: bool = False,
+    quantization: Kind | None = None,
 ) -> None:
     """Answer a prompt, every line of a file, or what is typed (an empty line ends).
 
@@ -48,6 +50,7 @@ def generate(
         tokenizer: Folder or hub id of the tokenizer; that of the base if null.
         revision: Branch, tag or commit of a hub model.
         json: Print one JSON object per answer.
+        quantization: Load the linear layers in 4 or 8 bits.
 
     Raises:
         ValueError: if options contradict each other.
@@ -58,7 +61,7 @@ def generate(
         raise ValueError("--input belongs to --prompt; a file has its own in each line")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    model, words = _load(base, adapter, dtype, tokenizer, revision)
+    model, words = _load(base, adapter, dtype, tokenizer, revision, quantization)
 
     def reply(requests: list[tuple[str, str]]) -> None:
         prompts = [text if raw else alpaca_prompt(text, more) for text, more in requests]
@@ -137,9 +140,14 @@ def export(
 
 
 def _load(
-    base: str, adapter: str | None, dtype: Precision, tokenizer: str | None, revision: str | None
+    base: str,
+    adapter: str | None,
+    dtype: Precision,
+    tokenizer: str | None,
+    revision: str | None,
+    quantization: Kind | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = load_base(base, getattr(torch, dtype), revision)
+    model = load_base(base, getattr(torch, dtype), revision, quantization=quantization)
     words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(base, revision)
     if adapter is not None:
         load_adapter(model, adapter, tokenizer=words)

@@ -10,18 +10,24 @@ from torch import nn
 from lit_adapters.adapters import Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.optim import SHADOW
+from lit_adapters.weights import is_adaptable, is_lookup, is_plain, matrix_shape
 
+PACKED = "packed"  # in place of digests of weights that are not there
 SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billions of weights
 
 
 def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> str:
-    """Digest of the model's own weights, the same with or without adapters.
+    """Digests of the model's own weights, the same with or without adapters.
 
-    Covers name, shape and 16 evenly spaced values of every floating-point parameter. Returns two
-    digests joined by a hyphen, one of the values rounded to bf16 and one to fp16, so that a model
-    is recognised in whichever precision it was loaded; compare with `same_base`. Of the base's own
-    parameters that are trained, only name and shape are covered; rows added for new tokens and
-    GaLore's shadows, which come and go, are not.
+    Four, joined by hyphens. Two cover name, shape and 16 evenly spaced values of every
+    floating-point parameter: one of the values rounded to bf16 and one to fp16, so that a model is
+    recognised in whichever precision it was loaded. Two more leave out the values of matrices,
+    which are others once they are quantised: by these a quantised base is recognised. It then
+    passes for another that differs in matrices alone (a base into which a LoRA was merged). Compare
+    with `same_base`.
+
+    Of the base's own parameters that are trained, only name and shape are covered; rows added for
+    new tokens and GaLore's shadows, which come and go, are not.
 
     Args:
         model: With or without adapters.
@@ -31,19 +37,52 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
     moving = {id(p) for _, layer, adapter in held for p in adapter.trained(layer)}
     sizes = {id(p): a.grown_from for _, layer, a in held for p in layer.parameters(recurse=False)}
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
-    digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
+    owners = {
+        id(p): m for m in model.modules() for n, p in m.named_parameters(recurse=False)
+        if n == "weight" and is_adaptable(m) and not is_lookup(m)
+    }  # fmt: skip
+    whole, rest = Digests(), Digests()
     for name, parameter in model.named_parameters():
+        matrix = owners.get(id(parameter))
+        if matrix is not None:
+            rows, columns = matrix_shape(matrix)
+            rest.update(name, (sizes.get(id(parameter)) or rows, columns))
         passing = id(parameter) in adapters or name.rpartition(".")[2] == SHADOW
         if passing or not parameter.is_floating_point():
             continue
         own = parameter.detach()[: sizes.get(id(parameter))]
-        values = own.flatten()
-        count = 0 if id(parameter) in moving else SAMPLES
-        sample = values[spaced(len(values), count)].cpu()
-        for dtype, digest in digests.items():
-            digest.update(f"{name}{tuple(own.shape)}".encode())
-            digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
-    return "-".join(digest.hexdigest()[:16] for digest in digests.values())
+        sample = sampled(own, 0 if id(parameter) in moving else SAMPLES)
+        whole.update(name, own.shape, sample)
+        if matrix is None:
+            rest.update(name, own.shape, sample)
+    written = any(getattr(adapter, "has_taken", False) for *_, adapter in held)
+    if written or not all(is_plain(module) for module in model.modules()):
+        return "-".join((PACKED, PACKED, *rest.texts()))
+    return "-".join((*whole.texts(), *rest.texts()))
+
+
+class Digests:
+    """Of names, shapes and values, rounded to bf16 and to fp16."""
+
+    def __init__(self) -> None:
+        self.by_dtype = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
+
+    def update(self, name: str, shape: Sequence[int], sample: torch.Tensor | None = None) -> None:
+        """Add one tensor; ``sample`` are some of its values."""
+        for dtype, digest in self.by_dtype.items():
+            digest.update(f"{name}{tuple(shape)}".encode())
+            if sample is not None:
+                digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
+
+    def texts(self) -> list[str]:
+        """Return both, in hexadecimal."""
+        return [digest.hexdigest()[:16] for digest in self.by_dtype.values()]
+
+
+def sampled(tensor: torch.Tensor, count: int = SAMPLES) -> torch.Tensor:
+    """Return evenly spaced values of ``tensor``, on the CPU."""
+    values = tensor.flatten()
+    return values[spaced(len(values), count)].cpu()
 
 
 def spaced(length: int, count: int) -> list[int]:
@@ -53,7 +92,14 @@ def spaced(length: int, count: int) -> list[int]:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints agree in at least one precision."""
+    """Whether two fingerprints agree in at least one precision, as far as both can be compared."""
+    ours, theirs = one.split("-"), other.split("-")
+    compared = slice(2, None) if PACKED in (ours[0], theirs[0]) else slice(2)
+    return any(a == b for a, b in zip(ours[compared], theirs[compared], strict=False))
+
+
+def same_digest(one: str, other: str) -> bool:
+    """Whether two pairs of `Digests` agree in at least one precision."""
     return any(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 

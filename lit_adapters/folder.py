@@ -25,7 +25,14 @@ MAX_HEADER_BYTES = 10_000_000  # the same in safetensors; its library would allo
 MAX_NOTE = 1000  # characters
 
 # Fields of ``lit_adapters.json`` that are looked at, all of them texts, or null.
-NOTES = ("method", "origin", "initialiser", "base_fingerprint", "weights_sha256")
+NOTES = (
+    "method",
+    "origin",
+    "initialiser",
+    "taken_from",
+    "base_fingerprint",
+    "weights_sha256",
+)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from lit_adapters.adapters import Adapter
 from lit_adapters.optim import SHADOW
+from lit_adapters.weights import is_plain, matrix_shape, side_tensors
 
 with suppress(ImportError):  # absent on Windows
     import resource
@@ -31,15 +33,21 @@ class Footprint:
 
 
 def footprint(model: nn.Module) -> Footprint:
-    """Measure ``model``; the adapter is what is trained, and pinned origins; ties count once."""
+    """Measure ``model``; the adapter is what is trained, and pinned origins; ties count once.
+
+    A quantised weight counts with the numbers that it stands for, and with the bytes of its scales.
+    """
     named = model.named_parameters()
     everything = [p for name, p in named if name.rpartition(".")[2] != SHADOW]  # workspace
     own = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     adapter_bytes = sum(p.nbytes for p in everything if p.requires_grad or id(p) in own)
+    packed = {id(m.weight): m for m in model.modules() if not is_plain(m)}
+    scales = sum(t.nbytes for layer in packed.values() for t in side_tensors(layer))
+    counts = {key: prod(matrix_shape(layer)) for key, layer in packed.items()}
     return Footprint(
         trainable=sum(p.numel() for p in everything if p.requires_grad),
-        total=sum(p.numel() for p in everything),
-        base_bytes=sum(p.nbytes for p in everything) - adapter_bytes,
+        total=sum(counts.get(id(p), p.numel()) for p in everything),
+        base_bytes=sum(p.nbytes for p in everything) + scales - adapter_bytes,
         adapter_bytes=adapter_bytes,
     )
 

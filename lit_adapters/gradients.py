@@ -160,8 +160,8 @@ def _check_differentiable(one: Adapted) -> None:
         raise TypeError(
             f"{one.name!r} ({type(one.layer).__name__}) stores its weight as {stored}"
             f"{' without values' if weight is not None and weight.is_meta else ''}, which has no "
-            "gradient; estimate on a float base (load it without quantisation), or exclude the "
-            "layer"
+            "gradient; estimate on a float base (load it without quantisation; an adapter saved "
+            "there loads on the quantised one), or exclude the layer"
         )
 
 

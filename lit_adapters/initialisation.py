@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from lit_adapters.adapters import METHOD, Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.dense_weights import DenseWeights, Matrices, in_fp32
 from lit_adapters.gradients import Loss, each_gradient, mean_loss
-from lit_adapters.initialisers import Initialiser, named_generator
+from lit_adapters.initialisers import Initialiser, RewritesBase, named_generator
+from lit_adapters.remainders import digest_of, with_taken
+from lit_adapters.weights import is_plain, requantise
 
 
 def initialise(
@@ -21,11 +24,13 @@ def initialise(
     loss: Loss = mean_loss,
     gradient_bytes: int | None = None,
     progress: Callable[[str], None] | None = None,
+    weights: Matrices | None = None,
 ) -> list[str]:
     """Give every adapter of ``model`` the start that ``initialiser`` computes, in place.
 
     Args:
-        model: A model with attached adapters; its own weights are read, never written.
+        model: A model with attached adapters; its own weights are read, never written, but by
+            `QPiSSA` and `LoftQ`, which are for quantised bases.
         initialiser: Such as ``Kaiming()``.
         batches: Real training batches, for initialisers that read gradients.
         seed: Seeds the random choices together with each layer's name; None takes the global seed.
@@ -33,6 +38,8 @@ def initialise(
             not called as ``model(**batch).loss``.
         gradient_bytes: Host memory for sums of gradients over several batches; None is no limit.
         progress: Called with the name of each layer that is done.
+        weights: For an initialiser that writes a quantised base: gives a layer's matrix (out, in)
+            as it was before, by the layer's name. None reads the files that the model came from.
 
     Returns:
         The names of the initialised layers.
@@ -40,7 +47,8 @@ def initialise(
     Raises:
         ValueError: if the model holds no adapters, batches are needed and missing, or a layer
             cannot be started like that.
-        TypeError: if an adapter has no low-rank factors, or a weight needed has no gradient.
+        TypeError: if an adapter has no low-rank factors, a weight needed has no gradient, or one to
+            be written is not quantised.
     """
     adapted = list(adapted_layers(model, METHOD))  # what is trained beside has its own start
     if not adapted:
@@ -60,6 +68,9 @@ def initialise(
             f"{type(initialiser).__name__} reads gradients; pass real training batches, "
             "initialise(model, initialiser, batches=...)"
         )
+    if isinstance(initialiser, RewritesBase):
+        _rewrite(model, initialiser, adapted, seed, progress, weights or DenseWeights(model))
+        return [name for name, *_ in adapted]
     with _all_or_none(adapted):
         if not initialiser.reads_gradient:
             for one in adapted:
@@ -70,6 +81,48 @@ def initialise(
                     start(one)  # raises now, and not after the passes over the batches
             each_gradient(model, adapted, batches or (), start, loss, gradient_bytes)
     return [name for name, *_ in adapted]
+
+
+def _rewrite(
+    model: nn.Module,
+    initialiser: RewritesBase,
+    adapted: Sequence[Adapted],
+    seed: int | None,
+    progress: Callable[[str], None] | None,
+    weights: Matrices,
+) -> None:
+    """Split each layer's unquantised matrix between base and adapter, one layer at a time."""
+    kind = type(initialiser).__name__
+    for one in adapted:
+        if type(one.adapter).start is Adapter.start:
+            one.adapter.start(one.layer, initialiser, named_generator(one.name, seed))  # raises
+        if is_plain(one.layer):
+            raise TypeError(
+                f"{kind} splits weights that are quantised, and {one.name!r} "
+                f"({type(one.layer).__name__}) is not; set quantization: nf4, narrow `targets`, or "
+                "take PiSSA"
+            )
+    done: list[Adapted] = []
+
+    def split(one: Adapted) -> None:
+        dense = in_fp32(weights[one.name], one.layer)
+        done.append(one)
+        one.adapter.start(one.layer, initialiser, named_generator(one.name, seed), dense=dense)
+
+    try:
+        with _all_or_none(adapted):
+            for one in adapted:
+                split(one)  # a function of its own: the matrix is gone when it returns
+                if progress is not None:
+                    progress(one.name)
+            names = [one.name for one, _ in with_taken(adapted)]
+            digest = digest_of(names, weights)
+    except BaseException:
+        for one in done:
+            requantise(one.layer, in_fp32(weights[one.name], one.layer))
+        raise
+    for _, adapter in with_taken(adapted):
+        adapter.taken_from = digest
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_adapters.adapters import METHOD, PREFIX, Adapted, AdapterSpec, NewRows, TrainedCopy
 from lit_adapters.adapters.fields import shown
 from lit_adapters.attachment import adapted_layers, built, materialise, mount
+from lit_adapters.dense_weights import DenseWeights, Matrices
 from lit_adapters.fingerprint import base_name, fingerprint, same_base
 from lit_adapters.folder import (
     CARD,
@@ -29,11 +30,14 @@ from lit_adapters.folder import (
 )
 from lit_adapters.model_card import adapter_card
 from lit_adapters.peft_config import spec_from_peft
+from lit_adapters.remainders import check_taken_from, rewrite, with_taken
 from lit_adapters.targets import shortest_targets
 from lit_adapters.version import __version__
+from lit_adapters.weights import is_plain
 
 DIGEST = "weights_sha256"
-STATED = ("origin", "initialiser", "new_tokens")  # notes that the config has no field for
+# Notes that the config has no field for.
+STATED = ("origin", "initialiser", "new_tokens", "taken_from", "quantised_as")
 FORMAT = 1
 
 
@@ -106,12 +110,24 @@ def _filed(adapted: Sequence[Adapted]) -> AdapterSpec:
 
 @torch.inference_mode(False)  # else what is made there could never be trained
 def load_adapter(
-    model: nn.Module, path: str | Path, *, check_base: bool = True, tokenizer: Any = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    check_base: bool = True,
+    tokenizer: Any = None,
+    weights: Matrices | None = None,
 ) -> list[str]:
     """Load an adapter folder, ours or PEFT's, onto ``model``; it succeeds or changes nothing.
 
     A bare model gets adapters as the folder's ``adapter_config.json`` says; a model that holds
     adapters already must hold the same ones, and gets their values.
+
+    An adapter that started by `QPiSSA` or `LoftQ` needs the base of its training, which lacks what
+    the file says was taken from it. That base is made again: where ``model`` is quantised in the
+    same way, from the unquantised weights in its files, to the same bytes (on another kind of
+    processor, a few numbers may round to their neighbours); where it is not quantised, it gets the
+    numbers that those bytes stand for, so that it computes what training computed, and can be
+    merged. Both write the base. Weights other than those of training are refused.
 
     Args:
         model: The base that the adapter was trained on.
@@ -119,6 +135,8 @@ def load_adapter(
         check_base: Refuse a base whose weights differ from the one trained on (where recorded).
         tokenizer: Learns the new tokens of the folder (and keeps them, should loading fail), and
             decides which rows are theirs; without it the rows are those that they had in training.
+        weights: Gives the unquantised matrix (out, in) of a layer by its name, where it cannot be
+            read from the files that a quantised ``model`` came from.
 
     Returns:
         The names of the adapted modules.
@@ -143,9 +161,15 @@ def load_adapter(
         with _hinting(fresh, config):
             tensors = _read(model, spec, adapted, folder)
         _check_digest(folder, notes)
+        if any(with_taken(adapted)):
+            _check_rewritable(held, folder)
+            weights = weights or DenseWeights(model)
+            with _naming(folder):
+                check_taken_from(model, adapted, weights)
         for one in fresh if not held else ():
             materialise(one.adapter, one.layer)
         spec.unpack(model, adapted, tensors)
+        rewrite(adapted, cast(Matrices, weights))
         if held:
             starts = {(one.name, one.adapter.slot): one.adapter.start_name for one in fresh}
             for name, _, adapter in held:
@@ -153,6 +177,15 @@ def load_adapter(
         else:
             mount(model, fresh)
     return [one.name for one in fresh if one.adapter.slot == METHOD]
+
+
+def _check_rewritable(held: list[Adapted], folder: Path) -> None:
+    """A base that is not quantised and was written once has lost what it was."""
+    for one, _ in with_taken(held):
+        if is_plain(one.layer):
+            raise ValueError(
+                f"{folder}: the base has been written for such an adapter already; load it anew"
+            )
 
 
 def folder_spec(folder: Path) -> AdapterSpec:

@@ -37,9 +37,17 @@ from lit_adapters.optim import (
     warmup_then,
 )
 from lit_adapters.optim.schedule import Decay
-from lit_adapters.saved_settings import spec_from_plain, spec_to_plain
+from lit_adapters.quantization import Kind, Quantization
+from lit_adapters.remainders import rewrite_for
+from lit_adapters.saved_settings import (
+    quantization_from_plain,
+    quantization_to_plain,
+    spec_from_plain,
+    spec_to_plain,
+)
 from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
+from lit_adapters.weights import is_plain
 
 Batch = Mapping[str, Tensor]
 
@@ -75,6 +83,8 @@ class AdapterFineTuneModule(LightningModule):
         loss: Where it comes from: auto is the states before the output head, in chunks of tokens,
             so that the logits are never held, or the logits if the head is no plain matrix (then a
             line in the log says why); full is the logits; liger is liger-kernel on CUDA.
+        quantization: Load the linear layers of the base in nf4, fp4 or int8 (QLoRA), or as a
+            class such as ``lit_adapters.BitsAndBytes`` says; null keeps their precision.
     """
 
     model: PreTrainedModel
@@ -95,6 +105,7 @@ class AdapterFineTuneModule(LightningModule):
         attn_implementation: str | None = None,
         max_new_tokens: int = 128,
         loss: LossKind = "auto",
+        quantization: Kind | Quantization | None = None,
     ) -> None:
         super().__init__()
         self.base = base if isinstance(base, str) else None
@@ -114,6 +125,7 @@ class AdapterFineTuneModule(LightningModule):
         self.attn_implementation = attn_implementation
         self.max_new_tokens = max_new_tokens
         self.model_loss = ModelLoss(loss)
+        self.quantization = quantization_from_plain(quantization)
         self._tokenizer = tokenizer
         self._built = False
         self._adapters_checked = False
@@ -139,6 +151,7 @@ class AdapterFineTuneModule(LightningModule):
                 "attn_implementation": attn_implementation,
                 "max_new_tokens": max_new_tokens,
                 "loss": loss,
+                "quantization": quantization_to_plain(self.quantization),
             }
         )
 
@@ -165,7 +178,13 @@ class AdapterFineTuneModule(LightningModule):
             return
         if self.base is not None:
             self.model = load_base(
-                self.base, self._base_dtype(), self.revision, self.attn_implementation
+                self.base,
+                self._base_dtype(),
+                self.revision,
+                self.attn_implementation,
+                self.quantization,
+                self._compute_dtype(),
+                self._trainer.strategy.root_device if self._trainer else None,
             )
         if not any(adapted_layers(self.model)):  # a model passed in may be adapted already
             tokenizer = self.tokenizer if self.adapter.reads_text else None
@@ -184,17 +203,40 @@ class AdapterFineTuneModule(LightningModule):
         precision = str(getattr(self._trainer, "precision", "32-true"))
         return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
 
+    def _compute_dtype(self) -> torch.dtype:
+        """What quantised layers multiply in."""
+        if self.dtype_of_base != "auto":
+            return self._base_dtype()
+        kind = str(getattr(self._trainer, "precision", "32-true")).partition("-")[0]
+        return {"bf16": torch.bfloat16, "16": torch.float16}.get(kind, torch.float32)
+
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "AdapterFineTuneModule":
-        """Let ``precision="bf16-true"`` cast weights, but no fp32 buffer (rotary frequencies)."""
+        """Let ``precision="bf16-true"`` cast weights, but nothing packed and no fp32 buffer.
+
+        fp32 buffers are rotary frequencies; packed weights may be bytes in a float's clothes.
+        """
+        packed = {
+            id(parameter)
+            for module in self.modules()
+            if not is_plain(module)
+            for name, parameter in module.named_parameters(recurse=False)
+            if name == "weight"
+        }
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            changed = id(tensor) in packed and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if changed else moved
+
         kept = [
             (module, name, buffer)
             for module in self.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.dtype == torch.float32
         ]
-        super()._apply(fn, recurse)
+        super()._apply(apply, recurse)
         for module, name, buffer in kept:
             moved = cast(Tensor, module._buffers[name])
             if moved.dtype != torch.float32:
@@ -395,6 +437,7 @@ class AdapterFineTuneModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not hold exactly what is trained here."""
         check_trained(self, checkpoint["state_dict"])
+        rewrite_for(self.model, checkpoint["state_dict"], "model.")
 
     def _log_once(self, values: dict[str, float]) -> None:
         if self.trainer.is_global_zero:

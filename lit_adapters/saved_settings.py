@@ -7,6 +7,7 @@ from typing import Any, cast, get_args
 from lit_adapters.adapters import METHODS, AdapterSpec
 from lit_adapters.losses import LossKind
 from lit_adapters.optim.schedule import Decay
+from lit_adapters.quantization import BitsAndBytes, Kind, Quantization, as_quantization
 
 
 def spec_to_plain(spec: AdapterSpec) -> dict[str, Any]:
@@ -31,6 +32,25 @@ def spec_from_plain(plain: Mapping[str, Any]) -> AdapterSpec:
     )
 
 
+def quantization_to_plain(chosen: Quantization | None) -> dict[str, Any] | None:
+    """Return settings of a quantisation as a config file states them; only ours can be saved."""
+    if not isinstance(chosen, BitsAndBytes):
+        return None
+    return {"class_path": "lit_adapters.BitsAndBytes", "init_args": asdict(chosen)}
+
+
+def quantization_from_plain(
+    plain: Kind | Quantization | Mapping[str, Any] | None,
+) -> Quantization | None:
+    """Rebuild the settings of a quantisation from a name or from saved hyper-parameters."""
+    if not isinstance(plain, Mapping):
+        return as_quantization(plain)
+    try:
+        return BitsAndBytes(**plain.get("init_args", {}))
+    except TypeError as error:
+        raise ValueError(f"saved settings of the quantisation do not fit: {error}") from error
+
+
 def trusted_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return what may be taken from a checkpoint's hyper-parameters: our keys, plain values.
 
@@ -45,6 +65,9 @@ def trusted_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if isinstance(saved.get("adapter"), Mapping):
         plain["adapter"] = spec_to_plain(spec_from_plain(saved["adapter"]))
+    if isinstance(saved.get("quantization"), Mapping):
+        chosen = quantization_from_plain(saved["quantization"])
+        plain["quantization"] = quantization_to_plain(chosen)
     for key, allowed in {"lr_scheduler": Decay, "loss": LossKind}.items():
         if saved.get(key) in get_args(allowed):
             plain[key] = saved[key]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.adapters import Adapter
+from lit_adapters.weights import is_plain
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -24,14 +25,26 @@ def frozen_names(model: nn.Module) -> set[str]:
 def keep_trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``state`` without the frozen parameters and what is derived from them.
 
-    A quantised weight ``w`` also writes ``w.absmax`` and the like; those go with it.
+    A quantised weight ``w`` also writes ``w.absmax`` and the like, or its layer ``SCB``; those go
+    with it.
     """
-    frozen = frozen_names(model)
+    frozen = frozen_names(model) | {
+        key for key in state if _is_side_tensor(model, *key.rpartition(".")[::2])
+    }
     return {
         key: value
         for key, value in state.items()
         if not any(part in frozen for part in _prefixes(key))
     }
+
+
+def _is_side_tensor(model: nn.Module, owner: str, leaf: str) -> bool:
+    """Whether ``leaf`` is what a quantised layer writes of itself beside its parameters."""
+    try:
+        layer = model.get_submodule(owner)
+    except AttributeError:  # of a part of a weight, or nothing of this model
+        return False
+    return not is_plain(layer) and leaf not in layer._parameters
 
 
 def check_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:

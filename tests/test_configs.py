@@ -45,7 +45,7 @@ def test_there_are_overlays():
 def test_every_method_has_a_config_and_the_settings_of_its_paper():
     assert {"dora", "pissa", "lora_ga", "olora", "rslora", "lora_plus"} < set(METHODS)
     assert {"lora", "llama_adapter", "prefix", "full", "milora"} < set(METHODS)
-    assert {"galore", "galore_8bit"} < set(METHODS)
+    assert {"galore", "galore_8bit", "qlora", "qpissa"} < set(METHODS)
     assert sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml")) == METHODS
 
 
@@ -82,6 +82,7 @@ def test_configs_differ_in_the_method_and_its_rate_alone(method):
             config["model"]["optimizer"]["init_args"].pop(setting, None)
         config["model"].pop("adapter")
         config["model"].pop("lora_plus_ratio", None)
+        config["model"].pop("quantization", None)
     assert own == plain
 
 
@@ -92,6 +93,18 @@ def test_a_base_keeps_the_method_s_optimizer_and_callbacks(capsys, base):
     assert found["model"]["optimizer"]["class_path"] == "bitsandbytes.optim.AdamW8bit"
     assert found["trainer"]["callbacks"] == own["trainer"]["callbacks"]
     assert [c["class_path"] for c in own["trainer"]["callbacks"]] == ["lit_adapters.GaLore"]
+
+
+def test_a_quantisation_can_be_a_name_or_a_class(capsys):
+    for word in ("nf4", "fp4", "int8", "null"):
+        found = parsed(capsys, MAIN, more=(f"--model.quantization={word}",))
+        assert found["model"]["quantization"] == (None if word == "null" else word)
+    settings = ("--model.quantization=lit_adapters.BitsAndBytes", "--model.quantization.kind=fp4")
+    found = parsed(capsys, MAIN, more=(*settings, "--model.quantization.storage=bfloat16"))
+    chosen = found["model"]["quantization"]
+    assert chosen["class_path"] == "lit_adapters.BitsAndBytes"
+    assert (chosen["init_args"]["kind"], chosen["init_args"]["storage"]) == ("fp4", "bfloat16")
+    assert chosen["init_args"]["double_quant"] is True
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

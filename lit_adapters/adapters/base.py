@@ -57,8 +57,11 @@ class Adapter(nn.Module, ABC):
         initialiser: Any,
         generator: Generator,
         gradient: Tensor | None = None,
+        dense: Tensor | None = None,
     ) -> None:
         """Take the start that ``initialiser`` computes, from ``gradient`` (out, in) if it reads it.
+
+        ``dense`` (out, in) is the unquantised matrix, for one that writes the base.
 
         Raises:
             TypeError: if this method has no such start.

@@ -76,11 +76,20 @@ class DoRAAdapter(LoRAAdapter):
         initialiser: Initialiser,
         generator: torch.Generator,
         gradient: Tensor | None = None,
+        dense: Tensor | None = None,
     ) -> None:
         """Take the start of an initialiser; the magnitude starts at the length of the rows."""
-        super().start(layer, initialiser, generator, gradient)
+        super().start(layer, initialiser, generator, gradient, dense)
+        if self.has_taken:
+            self.weight_norms = None  # the base has been written
         with torch.no_grad():
             self.magnitude.copy_(self.norms(layer, self.factors()))
+
+    def rewrite(self, layer: nn.Module, dense: Tensor) -> None:
+        """Make the base of training again, and measure it."""
+        super().rewrite(layer, dense)
+        self.weight_norms = None
+        self.norms(layer, self.factors())
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec
 from lit_adapters.adapters.fields import read_field
 from lit_adapters.optim import SHADOW
+from lit_adapters.weights import is_plain
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,14 @@ class FullFineTuning(AdapterSpec):
         """Return the marker of a trained layer.
 
         Raises:
-            ValueError: if training changes buffers of ``layer``, which no adapter file holds.
+            ValueError: if training changes buffers of ``layer``, which no adapter file holds, or
+                it is quantised.
         """
+        if not is_plain(layer):
+            raise ValueError(
+                f"{name!r} ({type(layer).__name__}) is quantised and cannot be trained itself; "
+                "take an adapter such as LoRA, or load the base without quantisation"
+            )
         buffers = layer._buffers.keys() - layer._non_persistent_buffers_set
         if buffers:
             raise ValueError(

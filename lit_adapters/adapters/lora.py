@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec, Part
 from lit_adapters.adapters.fields import read_field, shown
-from lit_adapters.adapters.low_rank import ORIGIN_NOTE, LoRAAdapter
+from lit_adapters.adapters.low_rank import ORIGIN_NOTE, TAKEN_NOTE, LoRAAdapter
 from lit_adapters.adapters.new_tokens import NewRows, new_tokens, teach_tokens
 from lit_adapters.adapters.patterns import check_pattern, matches
 from lit_adapters.adapters.whole import Bias, TrainedCopy, WholeModules, biases, within
@@ -178,26 +178,32 @@ class LoRA(AdapterSpec):
                 "and groups, so here its factors compute something else; use it with PEFT"
             )
         origin = stated.get("origin")
-        if origin not in (None, ORIGIN_NOTE):
+        if origin not in (None, ORIGIN_NOTE, TAKEN_NOTE):
             raise ValueError(
                 f"origin={origin!r} is unknown; was the folder written by a later version?"
             )
         # A file may hold more rank than its layer has use for: PEFT writes such.
         adapter = (self.of_half_rank() if origin else self)._made(layer, name)
-        adapter.pin(origin is not None)
+        adapter.pin(origin == ORIGIN_NOTE)
+        if origin == TAKEN_NOTE:
+            adapter.take()
+            how = stated.get("quantised_as")
+            adapter.rounding = how if isinstance(how, Mapping) else {}
+            adapter.taken_from = str(stated.get("taken_from"))
         start = stated.get("initialiser")
         adapter.start_name = start if isinstance(start, str) else None
         return adapter
 
     def filed(self, adapters: Sequence[Adapter]) -> "LoRA":
         """Return these settings, or, for pinned adapters, the plain LoRA that their file holds."""
-        pinned = {adapter.pinned for adapter in adapters if isinstance(adapter, LoRAAdapter)}
-        if len(pinned) > 1:
+        low_rank = [adapter for adapter in adapters if isinstance(adapter, LoRAAdapter)]
+        kinds = {(adapter.pinned, adapter.has_taken) for adapter in low_rank}
+        if len(kinds) > 1:
             raise ValueError(
                 "some adapters of the model have a pinned origin and some have not, which no file "
                 "can state; run `initialise` over the whole model"
             )
-        return self.of_double_rank() if pinned == {True} else self
+        return self if kinds <= {(False, False)} else self.of_double_rank()
 
     def of_double_rank(self) -> "LoRA":
         """Return the plain LoRA that holds a pinned origin in the second half of its rank."""
@@ -233,7 +239,7 @@ class LoRA(AdapterSpec):
         rows = {one.name: one.adapter for one in adapted if isinstance(one.adapter, NewRows)}
         copies = [one.adapter for one in adapted if isinstance(one.adapter, TrainedCopy)]
         whole = list(dict.fromkeys(c.root for c in copies if isinstance(c.spec, WholeModules)))
-        agrees = all(peft_agrees(one.layer) for one in matrices)
+        agrees = all(peft_agrees(o.layer) and not o.adapter.has_taken for o in matrices)
         apart = not any(one.name in rows for one in adapted if one.adapter.slot != NewRows.slot)
         return {
             "peft_type": "LORA" if agrees and apart else "LIT_LORA",

@@ -10,19 +10,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_adapters.adapters.base import Adapter, AdapterSpec
-from lit_adapters.initialisers import Factors, Initialiser, Kaiming
+from lit_adapters.initialisers import Factors, Initialiser, Kaiming, RewritesBase, remainder
 from lit_adapters.weights import (
     add_low_rank,
     factor_shapes,
     group_count,
     is_lookup,
+    is_plain,
     matrix_shape,
     read_weight,
+    requantise,
+    rounded,
+    rounding,
     write_weight,
 )
 
 # What ``lit_adapters.json`` says of a file whose rank holds factors and their start.
 ORIGIN_NOTE = "second half of the rank"
+# What it says where the second half was taken from the base before that was quantised.
+TAKEN_NOTE = "second half of the rank, taken from the base before it was quantised"
 
 
 class LoRAAdapter(Adapter):
@@ -32,11 +38,19 @@ class LoRAAdapter(Adapter):
     and the branch is ``scale * (B A - B0 A0) x``: the base is never written, the first output is
     the base's to the bit, and gradients are those of a base from which the start was subtracted.
 
+    The one exception (QPiSSA): what was subtracted from the base itself before that was quantised
+    is kept as frozen ``taken_A`` and ``taken_B``, from which the base can be made again. They take
+    no part in what is computed.
+
     The branch is computed in fp32 (or in autocast's dtype) and cast to the layer's output dtype.
     """
 
     lora_A0: nn.Parameter | None
     lora_B0: nn.Parameter | None
+    taken_A: nn.Parameter | None
+    taken_B: nn.Parameter | None
+    taken_from: str | None = None  # digest of the matrices before that
+    rounding: Mapping[str, Any] | None = None  # of the base that was written
 
     def __init__(
         self, spec: AdapterSpec, rank: int, scale: float, dropout: float, layer: nn.Module
@@ -53,6 +67,8 @@ class LoRAAdapter(Adapter):
         self.lora_B = nn.Parameter(empty(out_features, rank))
         self.register_parameter("lora_A0", None)
         self.register_parameter("lora_B0", None)
+        self.register_parameter("taken_A", None)
+        self.register_parameter("taken_B", None)
 
     # --- where it starts -------------------------------------------------------------------------
 
@@ -67,11 +83,22 @@ class LoRAAdapter(Adapter):
         initialiser: Initialiser,
         generator: torch.Generator,
         gradient: Tensor | None = None,
+        dense: Tensor | None = None,
     ) -> None:
         """Take the start of ``initialiser``, from the loss's gradient (out, in) if it reads it.
 
-        Each block of a grouped convolution has a start of its own.
+        Each block of a grouped convolution has a start of its own. ``dense`` (out, in), fp32, is
+        what the layer held before it was quantised, for an initialiser that writes the base.
         """
+        if isinstance(initialiser, RewritesBase):
+            assert dense is not None
+            self._start_on_remainder(layer, initialiser, generator, dense)
+            return
+        if self.has_taken:
+            raise ValueError(
+                "a part of this layer was moved into the adapter before the layer was quantised, "
+                "so no other start fits it; load the base anew"
+            )
         shape = matrix_shape(layer)
         weight = (
             read_weight(layer) if initialiser.reads_weight else torch.empty(shape, device="meta")
@@ -97,6 +124,62 @@ class LoRAAdapter(Adapter):
             Factors(*map(torch.cat, zip(*factors, strict=True))), initialiser.pins_origin
         )
         self.start_name = repr(initialiser)
+
+    @torch.no_grad()
+    def _start_on_remainder(
+        self,
+        layer: nn.Module,
+        initialiser: RewritesBase,
+        generator: torch.Generator,
+        dense: Tensor,
+    ) -> None:
+        def store(matrix: Tensor) -> Tensor:
+            requantise(layer, matrix)
+            return read_weight(layer)
+
+        split = initialiser.split(dense, self.rank, self.scale, generator=generator, store=store)
+        self.set_factors(split.start)
+        self.take(split.taken)
+        self.rounding = rounding(layer)
+        self.start_name = repr(initialiser)
+
+    def take(self, taken: Factors | None = None) -> None:
+        """Keep what was taken from the base, or make room for it."""
+        A, B = (self.lora_A, self.lora_B) if taken is None else taken
+        self.taken_A = nn.Parameter(A.detach().clone().to(self.lora_A), requires_grad=False)
+        self.taken_B = nn.Parameter(B.detach().clone().to(self.lora_B), requires_grad=False)
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether the base lacks a part that is kept here."""
+        return self.taken_A is not None
+
+    @torch.no_grad()
+    def rewrite(self, layer: nn.Module, dense: Tensor) -> None:
+        """Make the base of training again from ``dense`` (out, in), fp32, the original.
+
+        A quantised layer gets the same bytes; a dense one the numbers that those stand for.
+
+        Raises:
+            ValueError: if the layer rounds otherwise.
+        """
+        assert self.taken_A is not None
+        assert self.taken_B is not None
+        left = remainder(dense, Factors(self.taken_A, self.taken_B), self.scale)
+        if is_plain(layer):
+            write_weight(layer, rounded(left, self.rounding or {}))
+            return
+        self.check_rounding(layer)
+        requantise(layer, left)
+        self.rounding = rounding(layer)
+
+    def check_rounding(self, layer: nn.Module) -> None:
+        """Refuse a quantised layer that rounds otherwise than the one in training."""
+        if not is_plain(layer) and self.rounding not in (None, rounding(layer)):
+            raise ValueError(
+                f"the adapter was trained on a base quantised as {self.rounding}, and this layer "
+                f"is quantised as {rounding(layer)}; load the base like that, or not quantised"
+            )
 
     @torch.no_grad()
     def set_factors(self, factors: Factors, pin: bool = False) -> None:
@@ -131,6 +214,10 @@ class LoRAAdapter(Adapter):
         """Pin or unpin, as the checkpoint was."""
         if ("lora_A0" in names) != self.pinned and "lora_A" in names:
             self.pin("lora_A0" in names)
+        if "taken_A" in names and not self.has_taken:
+            self.take()
+        elif self.has_taken and "lora_A" in names and "taken_A" not in names:
+            self.taken_A = self.taken_B = self.rounding = self.taken_from = None
 
     # --- what it computes ------------------------------------------------------------------------
 
@@ -185,6 +272,7 @@ class LoRAAdapter(Adapter):
             type(self) is type(other)
             and isinstance(other, LoRAAdapter)
             and (self.rank, self.pinned) == (other.rank, other.pinned)
+            and self.has_taken == other.has_taken
             and math.isclose(self.scale, other.scale)
         )
 
@@ -198,8 +286,9 @@ class LoRAAdapter(Adapter):
         A: Tensor = self.lora_A
         B: Tensor = self.lora_B
         rank = self.rank
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            A, B = self._stacked(A, self.lora_A0), torch.cat([B, -self.lora_B0], 1)
+        second = self._second_half()
+        if second is not None:
+            A, B = self._stacked(A, second.A), torch.cat([B, -second.B], 1)
             rank *= 2
         shape_A, shape_B = factor_shapes(layer, rank)
         key_A, key_B = _file_keys(layer)
@@ -210,18 +299,34 @@ class LoRAAdapter(Adapter):
         """Take over the factors and, where pinned, the origin."""
         A, B = (tensors[key].to(self.lora_A) for key in _file_keys(layer))
         A, B = A.reshape(-1, self.lora_A.shape[1]), B.reshape(len(self.lora_B), -1)
-        if self.lora_A0 is not None and self.lora_B0 is not None:
+        second = self._second_half()
+        if second is not None:
             halves = A.view(self.groups, 2, self.rank, -1)
-            self.lora_A0.copy_(halves[:, 1].reshape(self.lora_A0.shape))
+            second.A.copy_(halves[:, 1].reshape(second.A.shape))
             A = halves[:, 0].reshape(self.lora_A.shape)
-            self.lora_B0.copy_(-B[:, self.rank :])
+            second.B.copy_(-B[:, self.rank :])
             B = B[:, : self.rank]
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
 
     def notes(self) -> dict[str, Any]:
         """Return where it started, and that the file's second half of the rank is that start."""
-        return {"initialiser": self.start_name, "origin": ORIGIN_NOTE if self.pinned else None}
+        if not self.has_taken:
+            return {"initialiser": self.start_name, "origin": ORIGIN_NOTE if self.pinned else None}
+        return {
+            "initialiser": self.start_name,
+            "origin": TAKEN_NOTE,
+            "taken_from": self.taken_from,
+            "quantised_as": self.rounding,
+        }
+
+    def _second_half(self) -> Factors | None:
+        """What a file holds beside the factors: the pinned origin, or what the base lacks."""
+        if self.taken_A is not None and self.taken_B is not None:
+            return Factors(self.taken_A, self.taken_B)
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            return Factors(self.lora_A0, self.lora_B0)
+        return None
 
     def extra_repr(self) -> str:
         """Return rank and scale for ``print(model)``."""

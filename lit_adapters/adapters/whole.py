@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lit_adapters.adapters.base import Adapted, Adapter, Part, own_modules
+from lit_adapters.weights import is_plain
 
 Bias = Literal["none", "adapter", "all"]
 
@@ -44,6 +45,8 @@ class WholeModules(Part):
         is_called = not isinstance(layer, UNCALLED)
         is_read = not any(_unread(module) for module in layer.modules())
         is_float = all(parameter.is_floating_point() for parameter in parameters)
+        if not all(is_plain(module) for module in layer.modules()):
+            return False  # packed, in whichever data type
         return is_called and is_read and bool(parameters) and is_float
 
     def select(self, names: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from lit_adapters.callbacks.step_loss import step_loss
 from lit_adapters.gradients import at_rest
 from lit_adapters.initialisation import initialise
 from lit_adapters.initialisers import Initialiser
+from lit_adapters.remainders import rewrite_for
 
 
 class InitAdapters(Callback):
@@ -150,7 +151,12 @@ class InitAdapters(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
     ) -> None:
-        """Let adapter folders of a resumed run say where its adapters started."""
+        """Let adapter folders of a resumed run say where its adapters started.
+
+        A base that was written before it was quantised is made again.
+        """
+        for name, model in adapted_children(pl_module).items():
+            rewrite_for(model, checkpoint["state_dict"], f"{name}." if name else "")
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state and state["initialised"]:
             self.initialised, self._start = state["initialised"], state["start"]

@@ -6,6 +6,7 @@ from lit_adapters.initialisers.milora import MiLoRA
 from lit_adapters.initialisers.noise import Gaussian, Kaiming
 from lit_adapters.initialisers.olora import OLoRA
 from lit_adapters.initialisers.pissa import PiSSA
+from lit_adapters.initialisers.qpissa import LoftQ, QPiSSA, RewritesBase, remainder
 
 __all__ = [
     "Factors",
@@ -13,8 +14,12 @@ __all__ = [
     "Initialiser",
     "Kaiming",
     "LoRAGA",
+    "LoftQ",
     "MiLoRA",
     "OLoRA",
     "PiSSA",
+    "QPiSSA",
+    "RewritesBase",
     "named_generator",
+    "remainder",
 ]

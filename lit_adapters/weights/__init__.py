@@ -6,6 +6,8 @@ class with the functions below; nothing else in the library changes.
 
 from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
+from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
+from lit_adapters.weights.quantised import hush, rounded
 from lit_adapters.weights.storage import (
     add_low_rank,
     as_matrix,
@@ -13,10 +15,15 @@ from lit_adapters.weights.storage import (
     group_count,
     is_adaptable,
     is_lookup,
+    is_plain,
     matrix_shape,
     peft_agrees,
     per_output,
     read_weight,
+    requantise,
+    rounding,
+    settle,
+    side_tensors,
     stored_matrix,
     weight_blocks,
     write_weight,
@@ -28,13 +35,20 @@ __all__ = [
     "factor_shapes",
     "group_count",
     "is_adaptable",
+    "hush",
     "is_lookup",
+    "is_plain",
+    "settle",
     "matrix_shape",
     "peft_agrees",
     "per_output",
     "read_weight",
+    "requantise",
+    "rounded",
+    "rounding",
+    "side_tensors",
     "stored_matrix",
     "weight_blocks",
     "write_weight",
 ]
-del _convolution, _dense
+del _convolution, _dense, _quantised

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -64,6 +65,48 @@ def check_shape(layer: nn.Module, weight: Tensor) -> None:
             f"{type(layer).__name__} holds a matrix of shape {matrix_shape(layer)}, "
             f"got {tuple(weight.shape)}"
         )
+
+
+@singledispatch
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer's parameters are the numbers it computes with, and not packed ones."""
+    return True
+
+
+@singledispatch
+def requantise(layer: nn.Module, weight: Tensor) -> None:
+    """Let a quantised layer hold ``weight`` (out, in), fp32, rounded as its own was.
+
+    For a start that is subtracted from the base before it is quantised (QPiSSA), and nothing else.
+
+    Raises:
+        TypeError: if the layer is not quantised.
+    """
+    raise TypeError(
+        f"a {type(layer).__name__} is not quantised, so there is nothing to round to; load the "
+        "base with quantization='nf4'"
+    )
+
+
+@singledispatch
+def rounding(layer: nn.Module) -> dict[str, Any]:
+    """How a quantised layer rounds, in plain types; `rounded` does the same to a dense matrix.
+
+    Raises:
+        TypeError: if the layer is not quantised.
+    """
+    raise TypeError(f"a {type(layer).__name__} is not quantised")
+
+
+@singledispatch
+def settle(layer: nn.Module) -> None:
+    """Prepare the layer for being computed with: it shall hold and give the same at every call."""
+
+
+@singledispatch
+def side_tensors(layer: nn.Module) -> list[Tensor]:
+    """Return what belongs to a packed weight and is neither parameter nor buffer, as scales."""
+    return []
 
 
 @singledispatch
