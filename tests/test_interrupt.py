@@ -109,11 +109,13 @@ class Announce(At):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ctrl_c_is_heard():
-    """A shell has what it runs in the background ignore Ctrl-C, and so would the runs here."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _signals_are_those_of_a_fresh_process():
+    """A shell has background jobs ignore Ctrl-C; command lines run in this process took SIGTERM."""
+    fresh = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in fresh.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
