@@ -46,7 +46,7 @@ def check_loss(loss: Tensor, step: int) -> None:
         )
 
 
-def check_tokens(tokens: Tensor, step: int) -> None:
+def check_tokens(tokens: float, step: int) -> None:
     """Refuse an optimizer step in which nothing was trained.
 
     Args:

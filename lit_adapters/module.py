@@ -314,14 +314,15 @@ class AdapterFineTuneModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into the mean over the window's trained tokens, then log."""
         nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
-        check_tokens(tokens, self.trainer.global_step)
+        count = tokens.item()  # one wait for the device, not two
+        check_tokens(count, self.trainer.global_step)
         # Lightning divided each micro-batch by the accumulation, DDP and FSDP by the ranks.
         divided = LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [
             p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
         ]
         check_gradients(gradients)
-        torch._foreach_mul_(gradients, divided / tokens.item())
+        torch._foreach_mul_(gradients, divided / count)
         loss = nll / tokens
         if str(self.trainer.precision) != "16-mixed":  # there, steps of overflows are left out
             check_loss(loss, self.trainer.global_step)
