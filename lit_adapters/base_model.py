@@ -117,15 +117,6 @@ def _output_head(base: str, revision: str | None) -> list[str]:
     return [name for name, module in model.named_modules() if module is head]
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Switch gradient checkpointing on, in the form that works over a frozen base."""
-    enable = getattr(  # its name from transformers 5.2x on
-        model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-    )
-    enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-
-
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of ``base``; raises as `load_base` does."""
     with _explained(base):

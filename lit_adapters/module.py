@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
-from lit_adapters.base_model import Dtype, load_base, load_tokenizer, recompute_activations
+from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
 from lit_adapters.generation import answer
@@ -38,6 +38,7 @@ from lit_adapters.optim import (
 )
 from lit_adapters.optim.schedule import Decay
 from lit_adapters.quantization import Kind, Quantization
+from lit_adapters.recompute import Policy, recompute_activations, recompute_every
 from lit_adapters.remainders import rewrite_for
 from lit_adapters.saved_settings import (
     quantization_from_plain,
@@ -75,7 +76,8 @@ class AdapterFineTuneModule(LightningModule):
         lora_plus_ratio: Learning rate of ``lora_B``, and of vectors such as magnitudes and biases,
             over that of everything else (LoRA+: about 16).
         embedding_lr: Learning rate of adapters on embeddings; the optimizer's if null.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        gradient_checkpointing: Recompute activations in the backward pass, for less memory and more
+            time: none, full, or n for the first of every n layers (True is full, False is none).
         dtype: Data type of the frozen base; auto follows the trainer's precision.
         revision: Branch, tag or commit of a hub model.
         attn_implementation: Attention of transformers, such as sdpa, eager or flash_attention_2.
@@ -99,7 +101,7 @@ class AdapterFineTuneModule(LightningModule):
         warmup: float = 0.03,
         lora_plus_ratio: float = 1.0,
         embedding_lr: float | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Policy = "none",
         dtype: Dtype = "auto",
         revision: str | None = None,
         attn_implementation: str | None = None,
@@ -119,7 +121,7 @@ class AdapterFineTuneModule(LightningModule):
         self.warmup = warmup
         self.lora_plus_ratio = lora_plus_ratio
         self.embedding_lr = embedding_lr
-        self.gradient_checkpointing = gradient_checkpointing
+        self.recompute_every = recompute_every(gradient_checkpointing)
         self.dtype_of_base = dtype
         self.revision = revision
         self.attn_implementation = attn_implementation
@@ -189,8 +191,8 @@ class AdapterFineTuneModule(LightningModule):
         if not any(adapted_layers(self.model)):  # a model passed in may be adapted already
             tokenizer = self.tokenizer if self.adapter.reads_text else None
             attach(self.model, self.adapter, tokenizer=tokenizer)
-        if self.gradient_checkpointing:
-            recompute_activations(self.model)
+        if self.recompute_every:
+            recompute_activations(self.model, self.recompute_every)
         for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
             if isinstance(callback, InitAdapters):
                 callback.initialise(self, self.model)

@@ -21,6 +21,11 @@ _WRONG = re.compile(
     r"Got value: (?P<value>.*)"
 )
 _REASONS = re.compile(r"^ *Errors:\n(.*?)^ *Given value type", re.MULTILINE | re.DOTALL)
+_CHOICES = re.compile(
+    r"Subtypes: \[(?P<kinds>(?:<class '\w+'>|typing\.Literal\[[^]]*]|, )+)]$"
+    r".*^ *Given value: (?P<value>.*)",
+    re.MULTILINE | re.DOTALL,
+)
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
@@ -55,7 +60,9 @@ def clearer(message: str, options: Sequence[str], classes: Sequence[str] = ()) -
     if wrong := _NO_CLASS.search(message):
         choices = re.findall(r"'(\w+)'", "".join(re.findall(r"Literal\[[^]]*]", message)))
         return f"{where}{wrong[1]!r} is unknown{_meant(wrong[1], [*choices, *classes])}"
-    return where + only if (only := _only_reason(message)) else message
+    if reason := _only_reason(message) or _not_among(message):
+        return where + reason
+    return message
 
 
 def _only_reason(message: str) -> str | None:
@@ -71,6 +78,17 @@ def _only_reason(message: str) -> str | None:
         return None
     owner = re.search(r"class_path='([^']+)'", message)
     return f"{owner[1]}: {reasons[0]}" if owner else reasons[0]
+
+
+def _not_among(message: str) -> str | None:
+    """That a value is none of the words and plain types of a union."""
+    choices = _CHOICES.search(message)
+    if choices is None:
+        return None
+    allowed = re.findall(r"'(\w+)'", choices["kinds"])
+    near = difflib.get_close_matches(choices["value"], allowed, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{choices['value']!r} is none of {', '.join(allowed)}{meant}"
 
 
 def _meant(name: str, options: Sequence[str], dashes: str = "") -> str:

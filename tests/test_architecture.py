@@ -39,6 +39,7 @@ FLOORS = {
     "base_model.py": 4,
     "quantization.py": 4,
     "dense_weights.py": 4,
+    "recompute.py": 4,
     "remainders.py": 4,
     "adapter_set.py": 5,
     "export.py": 5,

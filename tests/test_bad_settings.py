@@ -129,6 +129,11 @@ LORA = ["--model.adapter", "LoRA"]
         (["--model.adapter", "LoRAA"], "'LoRAA' is unknown; did you mean LoRA"),
         (["--model.lora_pluss_ratio", "4"], "did you mean --model.lora_plus_ratio?"),
         (["--model.lr_scheduler", "cosin"], "'cosin' is unknown; did you mean cosine?"),
+        (
+            ["--model.gradient_checkpointing", "ful"],
+            "gradient_checkpointing: 'ful' is none of bool, none, full, int; did you mean full?",
+        ),
+        (["--model.gradient_checkpointing=1.5"], "'1.5' is none of bool, none, full, int"),
         (["--trainer.max_step", "4"], "did you mean --trainer.max_steps"),
         (["--data.max_len", "4"], "did you mean --data.max_length?"),
         (["--confg", "x.yaml"], "did you mean --config?"),

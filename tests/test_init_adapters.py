@@ -289,7 +289,7 @@ def test_the_batches_are_the_first_of_training(material, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full", 2])
 def test_it_works_under_any_precision_and_with_checkpointing(
     precision, checkpointing, material, tmp_path
 ):

@@ -34,10 +34,11 @@ from lit_adapters import (
     merge,
     save_adapter,
 )
-from lit_adapters.base_model import load_base, recompute_activations
+from lit_adapters.base_model import load_base
 from lit_adapters.data import collate
 from lit_adapters.fingerprint import fingerprint, same_base
 from lit_adapters.footprint import footprint
+from lit_adapters.recompute import recompute_activations
 from lit_adapters.saved_settings import trusted_settings
 from lit_adapters.trained_state import keep_trained
 from lit_adapters.weights import (
