@@ -102,7 +102,7 @@ class Announce(At):
         (callback,) = [c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)]
         end = time.monotonic() + 60
         while time.monotonic() < end:
-            if self.signals == 1 and callback._signals.received:
+            if self.signals == 1 and callback._stopping.signals.received:
                 return
             time.sleep(0.01)
         raise AssertionError("no signal came")

@@ -1,46 +1,28 @@
 """Checkpoints that hold the adapter and not the frozen base, written so that a kill is harmless."""
 
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from lit_adapters.adapters import NewRows
-from lit_adapters.attachment import adapted_layers
+from lit_adapters.callbacks.adapted_children import adapted_children
 from lit_adapters.callbacks.files import check_writable, write_checkpoint
-from lit_adapters.callbacks.interrupt import StopSignals
+from lit_adapters.callbacks.load_check import LoadCheck, new_tokens_of
 from lit_adapters.callbacks.loops import (
     begin_next_epoch,
-    fit_progress,
     forget_begun_validation,
+    is_dry_run,
     validates_next,
     validation_is_ahead,
     validation_is_planned,
-    with_validation_ahead,
 )
-from lit_adapters.fingerprint import fingerprint, same_base
+from lit_adapters.callbacks.stopping import Stopping, here
 from lit_adapters.io import save_adapter
-from lit_adapters.trained_state import (
-    check_trained,
-    frozen_names,
-    keep_trained,
-    random_state,
-    set_random_state,
-)
-
-
-class _Point(NamedTuple):
-    """Where a run can be resumed, when it has moved on without an optimizer step."""
-
-    fit: dict[str, Any]
-    random_state: dict[str, Any]
-    validation_is_ahead: bool = False
+from lit_adapters.trained_state import keep_trained, random_state, set_random_state
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -105,13 +87,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._whole = True  # whether the present batch ended an accumulation window
         self._restored: Mapping[str, Any] | None = None
         self._validation_is_ahead = False  # of what was restored
-        self._signals = StopSignals()
-        self._first_step = 0  # optimizer steps done when this run began
-        self._point: _Point | None = None
-        self._final: _Point | None = None  # before a validation that only ends the run
-        self._stop_next = False  # before the next batch begins
-        self._base: str | None = None  # fingerprint
-        self._load_check: RemovableHandle | None = None
+        self._stopping = Stopping(enabled=save_last)
+        self._load_check = LoadCheck()
 
     # --- when ------------------------------------------------------------------------------------
 
@@ -122,40 +99,33 @@ class AdapterCheckpoint(ModelCheckpoint):
             OSError: if nothing can be written there.
         """
         super().setup(trainer, pl_module, stage)
-        self._last_step, self._due, self._whole = -1, False, True
-        self._restored, self._point, self._base = None, None, None
-        self._stop_next, self._final = False, None
-        self._signals.remember_earlier()
-        pl_module.strict_loading = False  # `_check` is strict about what is trained
-        self._check_at_load(trainer, pl_module)
-        if stage == "fit" and trainer.is_global_zero and not _is_dry_run(trainer):
+        self._last_step, self._due, self._whole, self._restored = -1, False, True, None
+        self._stopping.begin()
+        pl_module.strict_loading = False  # the load check is strict about what is trained
+        self._load_check.begin(trainer, pl_module, self.check_base)
+        if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer):
             check_writable(Path(str(self.dirpath)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recognise the base before anything is trained."""
-        self._done_loading()
-        if self._base is None:
-            self._base = _fingerprint(trainer, pl_module)
+        self._load_check.recognise(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals: the earliest moment after Lightning began to."""
-        self._listen(trainer)
+        self._stopping.listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals."""
         super().on_train_start(trainer, pl_module)
-        self._first_step = trainer.global_step
-        self._listen(trainer)
+        self._stopping.listen(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Continue the random streams of a resumed run; before this point others draw from them."""
-        if self._stop_next:
-            self._signals.stop()
+        self._stopping.batch_begins()
         self._restore_random_state()
         self._steps_before = trainer.global_step
-        self._signals.hold, self._point = True, None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,26 +147,20 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         if validates_next(trainer):
             if not validation_is_planned(trainer):  # a longer run does not repeat it
-                self._final = _Point(fit_progress(trainer), random_state())
+                self._stopping.before_final = here(trainer)
         else:
             if self._due:
                 self._write_last(trainer)
-            self._stop_next = self._asked(trainer)  # once Lightning has logged this one
-            if self._stop_next:
-                self._point = _Point(fit_progress(trainer), random_state())
+            self._stopping.step_is_done(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a signal stops the run at once; it is resumed before this validation."""
+        """Let a signal stop the run at once; it is resumed before this validation."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self._validation_is_ahead:
             self._restore_random_state()
             forget_begun_validation(trainer)
-        self._point = None
-        if self._whole:
-            self._point = _Point(with_validation_ahead(fit_progress(trainer)), random_state(), True)
-            self._stop_if_asked(trainer)
-        self._signals.hold = trainer.world_size > 1
+        self._stopping.validation_begins(trainer, self._whole)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best state; write ``last.ckpt`` if it waited for this.
@@ -205,7 +169,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             ValueError: if the module logs no such value as ``monitor``.
         """
         fits = trainer.state.fn == "fit" and not trainer.sanity_checking
-        self._signals.hold = fits
+        self._stopping.signals.hold = fits
         logged = trainer.callback_metrics
         if trainer.state.fn == "fit" and self.monitor and self.monitor not in logged:
             raise ValueError(
@@ -215,92 +179,60 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
         super().on_validation_end(trainer, pl_module)
         if fits and not trainer.is_last_batch:
-            self._point, self._final = self._final, None
             if self._due:
+                self._stopping.point = self._stopping.before_final
                 self._write_last(trainer)
-            self._point = None
+            self._stopping.point = self._stopping.before_final = None
             if self._whole:
-                self._stop_if_asked(trainer)
+                self._stopping.stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best state; write ``last.ckpt`` if it waited for the epoch's validation."""
-        self._point = None
+        self._stopping.point = None
         super().on_train_epoch_end(trainer, pl_module)
         if self._due:
             self._write_last(trainer)
-        self._stop_if_asked(trainer)
-        self._point = _Point(fit_progress(trainer), random_state())
-        self._signals.hold = trainer.world_size > 1
+        self._stopping.epoch_is_done(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state, and the adapter folder if no validation chose a best one."""
-        self._signals.hold = True
+        self._stopping.signals.hold = True
         self._write_last(trainer)
-        if not self.best_model_path and not _is_dry_run(trainer):
+        if not self.best_model_path and not is_dry_run(trainer):
             self._write_folder(trainer)
-        self._point = None
-        self._stop_if_asked(trainer)
-        self._signals.remove()
+        self._stopping.point = None
+        self._stopping.stop_if_asked(trainer)
+        self._stopping.signals.remove()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Write what a signal stopped, and say how to go on."""
         super().on_exception(trainer, pl_module, exception)
-        self._done_loading()
-        if isinstance(exception, KeyboardInterrupt) and self._wants_signals(trainer):
-            self._signals.received = self._signals.received or signal.SIGINT  # before it listened
-        if self._signals.received is not None:
+        self._load_check.end()
+        if self._stopping.was_reason(trainer, exception):
             self._write_stopped(trainer)
             if trainer.is_global_zero:
-                print(self._farewell(trainer), file=sys.stderr, flush=True)
-        self._signals.remove()
+                path = self.last_model_path if self._last_step >= 0 else trainer.ckpt_path
+                said = self._stopping.farewell(trainer, path, self._last_step)
+                print(said, file=sys.stderr, flush=True)
+        self._stopping.signals.remove()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        self._done_loading()
-        self._signals.remove()
-
-    # --- signals ---------------------------------------------------------------------------------
-
-    def _listen(self, trainer: Trainer) -> None:
-        if self._wants_signals(trainer):
-            self._signals.install()
-            if trainer.received_sigterm:  # after Lightning began to listen and before this
-                self._signals.stop()
-
-    def _wants_signals(self, trainer: Trainer) -> bool:
-        return bool(trainer.state.fn == "fit" and self.save_last and not _is_dry_run(trainer))
-
-    def _asked(self, trainer: Trainer) -> bool:
-        asked = self._signals.received is not None
-        return bool(self.save_last) and trainer.strategy.reduce_boolean_decision(asked, all=False)
-
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self._asked(trainer):
-            if self._point is None:
-                self._point = _Point(fit_progress(trainer), random_state())
-            self._signals.stop()
+        self._load_check.end()
+        self._stopping.signals.remove()
 
     def _write_stopped(self, trainer: Trainer) -> None:
-        step, point = trainer.global_step, self._point
-        if point is None or step == self._first_step:
+        point = self._stopping.left(trainer)
+        if point is None:
             return
-        at_end = step == trainer.max_steps  # from there Lightning resumes nothing, no validation
+        # From its last step Lightning resumes nothing, no validation.
+        at_end = trainer.global_step == trainer.max_steps
         if not (at_end and point.validation_is_ahead and self._last_step >= 0):
             self._write_last(trainer)
         if at_end and not self.best_model_path:
             self._write_folder(trainer)
-
-    def _farewell(self, trainer: Trainer) -> str:
-        name = self._signals.received.name if self._signals.received else ""
-        said = f"{name}: stopped after optimizer step {trainer.global_step}"
-        path = self.last_model_path if self._last_step >= 0 else trainer.ckpt_path
-        if not path:
-            return f"{said}, before the first checkpoint; there is nothing to resume"
-        earlier = self._last_step not in (-1, trainer.global_step)
-        of = f" (of step {self._last_step})" if earlier else ""
-        return f"{said}; to go on{of}: --ckpt_path {path} (in Python: trainer.fit(ckpt_path=...))"
 
     def _restore_random_state(self) -> None:
         if self._restored is not None:
@@ -309,7 +241,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _write_last(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        if self.save_last and step != self._last_step and not _is_dry_run(trainer):
+        if self.save_last and step != self._last_step and not is_dry_run(trainer):
             self.last_model_path = str(Path(str(self.dirpath)) / "last.ckpt")
             write_checkpoint(trainer, self.last_model_path)
             self._last_step, self._due = step, False
@@ -322,62 +254,22 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Leave out frozen weights; add the random state and what the base is recognised by."""
         checkpoint["state_dict"] = keep_trained(pl_module, checkpoint["state_dict"])
         checkpoint["random_state"] = random_state()
-        if self._base is not None:
-            checkpoint["base_fingerprint"] = self._base
-        if tokens := _new_tokens(pl_module):
+        if self._load_check.base is not None:
+            checkpoint["base_fingerprint"] = self._load_check.base
+        if tokens := new_tokens_of(pl_module):
             checkpoint["new_tokens"] = tokens
-        if self._point is not None:  # the state is that of a moment that has passed
-            checkpoint["loops"]["fit_loop"] = self._point.fit
-            checkpoint["random_state"] = self._point.random_state
+        if (point := self._stopping.point) is not None:  # the state is that of a moment passed
+            checkpoint["loops"]["fit_loop"] = point.fit
+            checkpoint["random_state"] = point.random_state
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse a checkpoint of another adapter; remember the random state for the first step."""
-        if self._load_check is not None:  # the strategy did not load through the module
-            self._check(trainer, pl_module, checkpoint)
-        self._done_loading()
+        self._load_check.catch_up(trainer, pl_module, checkpoint, self.check_base)
         self._restored = checkpoint.get("random_state")
         self._validation_is_ahead = validation_is_ahead(checkpoint.get("loops"))
         begin_next_epoch(checkpoint.get("loops"))
-
-    def _check_at_load(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at a checkpoint before the first of its tensors is copied into the module."""
-        self._done_loading()
-
-        def check(*_: Any) -> None:
-            checkpoint = trainer._checkpoint_connector._loaded_checkpoint
-            if checkpoint:  # else the module loads something of its own
-                self._check(trainer, pl_module, checkpoint)
-                self._done_loading()
-
-        self._load_check = pl_module.register_load_state_dict_pre_hook(check)
-
-    def _done_loading(self) -> None:
-        if self._load_check is not None:
-            self._load_check.remove()
-            self._load_check = None
-
-    def _check(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
-    ) -> None:
-        check_trained(pl_module, keep_trained(pl_module, checkpoint["state_dict"]))
-        tokens = _new_tokens(pl_module)
-        if checkpoint.get("new_tokens", tokens) != tokens:
-            raise ValueError(
-                f"the checkpoint {trainer.ckpt_path} holds rows of the new tokens "
-                f"{checkpoint['new_tokens']}, and those here are {tokens}: name the same, in the "
-                "same order"
-            )
-        recorded, self._base = checkpoint.get("base_fingerprint"), _fingerprint(trainer, pl_module)
-        if not self.check_base or recorded is None or self._base is None:
-            return
-        if not same_base(str(recorded), self._base):
-            raise ValueError(
-                f"the checkpoint {trainer.ckpt_path} was trained on another base (fingerprint "
-                f"{recorded}); the frozen weights here have fingerprint {self._base}. Load that "
-                "base, or pass check_base=False (--checkpoint.check_base=false) if you mean it"
-            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best so far, which stays where the earlier run wrote it."""
@@ -419,34 +311,3 @@ class AdapterCheckpoint(ModelCheckpoint):
             for name, root in roots.items():
                 save_adapter(root, folder if len(roots) == 1 else folder / name)
         self.adapter_path = folder if roots else None
-
-
-def _is_dry_run(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _new_tokens(module: LightningModule) -> list[list[str | int]]:
-    """What the rows in a checkpoint mean, which their names do not say."""
-    adapters = [adapter for *_, adapter in adapted_layers(module)]
-    return [[*a.spec.tokens, *a.spec.ids] for a in adapters if isinstance(a, NewRows)]
-
-
-def _fingerprint(trainer: Trainer, module: LightningModule) -> str | None:
-    if trainer.strategy.restore_checkpoint_after_setup:  # weights may be sharded: FSDP and the like
-        return None
-    base, frozen = nn.Module(), frozen_names(module)
-    for name, parameter in module.named_parameters():
-        if name in frozen:
-            base.register_parameter(name.replace(".", "/"), parameter)
-    return fingerprint(base, list(adapted_layers(module)))
-
-
-def adapted_children(module: nn.Module) -> dict[str, nn.Module]:
-    """What was adapted in a LightningModule, by attribute name.
-
-    A direct child that holds adapters inside is a model of its own; adapters directly on children
-    mean that the LightningModule itself is the model.
-    """
-    if any("." not in name for name, *_ in adapted_layers(module)):
-        return {"": module}
-    return {name: child for name, child in module.named_children() if any(adapted_layers(child))}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_adapters.adapters import FullFineTuning
-from lit_adapters.callbacks.checkpoint import adapted_children
+from lit_adapters.callbacks.adapted_children import adapted_children
 from lit_adapters.optim import GaLoreEngine, Projection
 from lit_adapters.targets import match_targets
 

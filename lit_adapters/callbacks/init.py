@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lit_adapters.adapters import METHOD, Adapter
 from lit_adapters.attachment import adapted_layers
-from lit_adapters.callbacks.checkpoint import adapted_children
+from lit_adapters.callbacks.adapted_children import adapted_children
 from lit_adapters.callbacks.first_batches import first_batches
 from lit_adapters.callbacks.step_loss import step_loss
 from lit_adapters.gradients import at_rest

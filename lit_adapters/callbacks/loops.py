@@ -8,6 +8,11 @@ from lightning.pytorch import Trainer
 VALIDATION = "epoch_loop.val_loop.batch_progress"
 
 
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether ``fast_dev_run`` is on: nothing is to be written."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def validates_next(trainer: Trainer) -> bool:
     """Whether a validation follows the training batch that ends now."""
     fetcher = trainer.fit_loop._data_fetcher
