@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_adapters.adapters import METHOD, PREFIX, Adapted, AdapterSpec, NewRows, TrainedCopy
+from lit_adapters.adapters import METHOD, PREFIX, Adapted, AdapterSpec
 from lit_adapters.adapters.fields import shown
 from lit_adapters.attachment import adapted_layers, built, materialise, mount
 from lit_adapters.dense_weights import DenseWeights, Matrices
@@ -36,8 +36,6 @@ from lit_adapters.version import __version__
 from lit_adapters.weights import is_plain
 
 DIGEST = "weights_sha256"
-# Notes that the config has no field for.
-STATED = ("origin", "initialiser", "new_tokens", "taken_from", "quantised_as")
 FORMAT = 1
 
 
@@ -150,7 +148,7 @@ def load_adapter(
     spec = folder_spec(folder)
     with ExitStack() as stack:
         with _naming(folder / CONFIG):
-            stated = {**config, **{key: notes.get(key) for key in STATED}}
+            stated = {**config, **{key: notes.get(key) for key in spec.notes_read}}
             fresh = stack.enter_context(built(model, spec, stated, tokenizer))
         held = list(adapted_layers(model))
         adapted = held or fresh
@@ -221,37 +219,20 @@ def _read(
     with _naming(folder / CONFIG):
         expected = spec.pack(model, adapted)
     copies = {
-        f"{PREFIX}{name}.base_layer.weight": layer.get_parameter("weight")
-        for name, layer, adapter in adapted
-        if hasattr(layer, "weight") and adapter.slot == METHOD and not adapter.trained(layer)
-    }
-    copies |= {
         f"{PREFIX}{name}.weight": module.get_parameter("weight")
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or id(module) in _heads(model)
     }
-    copies |= {
-        f"{PREFIX}{name}.token_adapter.base_layer.weight": layer.get_parameter("weight")
-        for name, layer, adapter in adapted
-        if isinstance(adapter, NewRows)
-    }
+    never_read: dict[str, Tensor] = {}
+    for name, layer, adapter in adapted:
+        frozen = adapter.frozen_copies(layer)
+        copies |= {f"{PREFIX}{name}.{key}": weight for key, weight in frozen.items()}
+        never_read |= adapter.never_read(layer, name)
     optional = {key: copy for key, copy in copies.items() if key not in expected}
-    tensors = read_tensors(folder, expected, {**_unread(adapted), **optional})
+    tensors = read_tensors(folder, expected, {**never_read, **optional})
     for key in optional.keys() & tensors.keys():
         _check_copy(folder / WEIGHTS, key, tensors[key], optional[key].detach())
     return tensors
-
-
-def _unread(adapted: list[Adapted]) -> dict[str, Tensor]:
-    """What PEFT writes and never reads: with trained biases, those of whole modules twice more."""
-    return {
-        f"{PREFIX}{adapter.root}.{what}{name[len(adapter.root) :]}.{key}": value
-        for name, layer, adapter in adapted
-        if isinstance(adapter, TrainedCopy)
-        for key, value in adapter.tensors(layer).items()
-        for what in ("modules_to_save", "modules_to_save.default", "original_module")
-        if "bias" in key and not adapter.prefix
-    }
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -312,19 +293,14 @@ def _check_base(
 
 @contextmanager
 def _hinting(adapted: list[Adapted], config: Mapping[str, Any]) -> Iterator[None]:
-    """Add to errors that another tokenizer moved the new tokens, which may be why."""
+    """Add to errors what an adapter knows may be the reason."""
     try:
         yield
     except ValueError as error:
-        listed = config.get("trainable_token_indices")
-        ids = next(iter(listed.values()), None) if isinstance(listed, dict) else listed
-        moved = [a for *_, a in adapted if isinstance(a, NewRows) and list(a.spec.ids) != ids]
-        if not moved:
+        hint = next(filter(None, (adapter.misfit(config) for *_, adapter in adapted)), None)
+        if hint is None:
             raise
-        raise ValueError(
-            f"{error} This tokenizer gives the new tokens ids {list(moved[0].spec.ids)}, and that "
-            f"of the training gave {ids}: load the folder with that tokenizer, or without any"
-        ) from error
+        raise ValueError(f"{error} {hint}") from error
 
 
 @contextmanager

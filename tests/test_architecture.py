@@ -239,6 +239,16 @@ def test_no_file_has_a_name_that_says_nothing(file):
     assert Path(file).name not in VAGUE_NAMES
 
 
+def test_files_are_read_and_written_without_knowing_the_kinds_of_adapters():
+    from lit_adapters import adapters
+
+    imported = {name.rpartition(".") for name, _ in imports_of("io.py")}
+    ours = {name for module, _, name in imported if module.startswith("lit_adapters.adapters")}
+    kinds = [getattr(adapters, name, None) for name in ours]
+    assert ours
+    assert not [k for k in kinds if isinstance(k, type) and issubclass(k, adapters.Adapter)]
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if f.endswith("/__init__.py")])
 def test_a_folders_init_only_re_exports(file):
     for node in tree(file).body:

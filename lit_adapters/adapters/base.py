@@ -121,6 +121,21 @@ class Adapter(nn.Module, ABC):
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` returned elsewhere; keys and shapes have been checked."""
 
+    def frozen_copies(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return frozen weights that a file may hold as well, by key; loading only compares them.
+
+        PEFT writes them for embeddings and heads.
+        """
+        return {}
+
+    def never_read(self, layer: nn.Module, name: str) -> dict[str, Tensor]:
+        """Return what PEFT writes and never reads, by whole key; ``name`` is that of ``layer``."""
+        return {}
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """Say what may be the reason if the file with this ``adapter_config.json`` does not fit."""
+        return None
+
     def notes(self) -> dict[str, Any]:
         """Return what ``lit_adapters.json`` says beside the tensors."""
         return {}
@@ -231,6 +246,7 @@ class AdapterSpec(Part):
     ]  # values of ``peft_type`` in a config that may mean this method
     text_field: ClassVar[str] = "text"  # the setting that may make it read texts
     peft_fields: ClassVar[Set[str]]  # the fields of such a config that `from_peft` reads
+    notes_read: ClassVar[Set[str]] = frozenset()  # what `stated` has beside it: some `notes`
 
     def __post_init__(self) -> None:
         """Check the fields that every method has."""

@@ -53,6 +53,9 @@ class LoRA(AdapterSpec):
         "loftq_config megatron_core qalora_group_size ensure_weight_tying runtime_config "
         "eva_config corda_config lora_ga_config modules_to_save trainable_token_indices".split()
     )
+    notes_read: ClassVar[Set[str]] = frozenset(
+        {"origin", "initialiser", "new_tokens", "taken_from", "quantised_as"}
+    )
 
     rank: int = 8
     alpha: float = 16

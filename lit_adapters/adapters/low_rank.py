@@ -309,6 +309,10 @@ class LoRAAdapter(Adapter):
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
 
+    def frozen_copies(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the weight that the factors act beside."""
+        return {"base_layer.weight": layer.get_parameter("weight")}
+
     def notes(self) -> dict[str, Any]:
         """Return where it started, and that the file's second half of the rank is that start."""
         if not self.has_taken:

@@ -267,6 +267,21 @@ class NewRows(Adapter):
         if self.rows is not None:
             self.rows.copy_(tensors[KEY])
 
+    def frozen_copies(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the weight whose rows are replaced."""
+        return {"token_adapter.base_layer.weight": layer.get_parameter("weight")}
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """Say so if another tokenizer has moved the tokens since the training."""
+        listed = config.get("trainable_token_indices")
+        ids = next(iter(listed.values()), None) if isinstance(listed, dict) else listed
+        if list(self.spec.ids) == ids:
+            return None
+        return (
+            f"This tokenizer gives the new tokens ids {list(self.spec.ids)}, and that of the "
+            f"training gave {ids}: load the folder with that tokenizer, or without any"
+        )
+
     def notes(self) -> dict[str, Any]:
         """Return the texts of the tokens, which tell another tokenizer what the rows mean."""
         return {"new_tokens": list(self.spec.tokens)}

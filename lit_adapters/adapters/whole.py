@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lit_adapters.adapters.base import Adapted, Adapter, Part, own_modules
+from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, Part, own_modules
 from lit_adapters.weights import is_plain
 
 Bias = Literal["none", "adapter", "all"]
@@ -255,6 +255,16 @@ class TrainedCopy(Adapter):
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return all of it under its own names, as PEFT does."""
         return {self.prefix + name: tensor for name, tensor in self._values().items()}
+
+    def never_read(self, layer: nn.Module, name: str) -> dict[str, Tensor]:
+        """Return the biases of whole modules: where PEFT trains biases, it writes them again."""
+        inside = name[len(self.root) :]
+        return {
+            f"{PREFIX}{self.root}.{what}{inside}.{key}": value
+            for key, value in self.tensors(layer).items()
+            for what in ("modules_to_save", "modules_to_save.default", "original_module")
+            if "bias" in key and not self.prefix
+        }
 
     @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
