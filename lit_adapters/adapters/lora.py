@@ -3,25 +3,23 @@
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lit_adapters.adapters.base import Adapted, Adapter, AdapterSpec, Part
+from lit_adapters.adapters.base import Adapted, Adapter
+from lit_adapters.adapters.companions import WithCompanions, companions_from_peft, rows_apart
 from lit_adapters.adapters.fields import read_field, shown
 from lit_adapters.adapters.low_rank import ORIGIN_NOTE, TAKEN_NOTE, LoRAAdapter
-from lit_adapters.adapters.new_tokens import NewRows, new_tokens, teach_tokens
 from lit_adapters.adapters.patterns import check_pattern, matches
-from lit_adapters.adapters.whole import Bias, TrainedCopy, WholeModules, biases, within
 from lit_adapters.weights import group_count, is_adaptable, matrix_shape, peft_agrees
 
-PEFT_BIAS: dict[Bias, str] = {"none": "none", "adapter": "lora_only", "all": "all"}
 # Starts after which PEFT subtracts the first product from the base it trains on.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class LoRA(AdapterSpec):
+class LoRA(WithCompanions):
     """Low-rank adaptation: ``y = W x + scale * B A dropout(x)``.
 
     Args:
@@ -35,27 +33,19 @@ class LoRA(AdapterSpec):
         layers: Keep only modules inside the decoder layers of these numbers.
         rank_pattern: Ranks of single modules, by the ending of their name (regular expressions).
         alpha_pattern: The same for alpha.
-        modules_to_save: Name endings of modules that are trained whole, as copies that travel in
-            the adapter file: a new head, norms. They get no low-rank adapter, nor does what is
-            inside them.
-        bias: Biases that are trained as well: none, those of adapted layers (adapter), or all.
-        new_tokens: Texts of tokens whose rows of the embedding and the output head are trained and
-            travel in the adapter file. The tokenizer learns those it lacks, and rows are added
-            where the model has too few. A number is the id of a token that exists.
     """
 
-    text_field: ClassVar[str] = "new_tokens"
     # The second is for layers beside which PEFT computes something else.
     peft_types: ClassVar[tuple[str, ...]] = ("LORA", "LIT_LORA")
-    peft_fields: ClassVar[Set[str]] = frozenset(
+    peft_fields: ClassVar[Set[str]] = WithCompanions.companion_fields | set(
         "r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules "
-        "layers_to_transform rank_pattern alpha_pattern fan_in_fan_out init_lora_weights bias "
-        "loftq_config megatron_core qalora_group_size ensure_weight_tying runtime_config "
-        "eva_config corda_config lora_ga_config modules_to_save trainable_token_indices".split()
+        "layers_to_transform rank_pattern alpha_pattern fan_in_fan_out init_lora_weights "
+        "loftq_config megatron_core qalora_group_size runtime_config "
+        "eva_config corda_config lora_ga_config".split()
     )
-    notes_read: ClassVar[Set[str]] = frozenset(
-        {"origin", "initialiser", "new_tokens", "taken_from", "quantised_as"}
-    )
+    notes_read: ClassVar[Set[str]] = WithCompanions.notes_read | {
+        "origin", "initialiser", "taken_from", "quantised_as",
+    }  # fmt: skip
 
     rank: int = 8
     alpha: float = 16
@@ -66,9 +56,6 @@ class LoRA(AdapterSpec):
     layers: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] | None = None
-    bias: Bias = "none"
-    new_tokens: list[str | int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,54 +73,6 @@ class LoRA(AdapterSpec):
             raise ValueError(f"dropout is a probability in [0, 1), got dropout={self.dropout!r}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             check_pattern(_ending(pattern), "pattern")
-        self._check_companions()
-
-    def _check_companions(self) -> None:
-        whole, tokens = self.modules_to_save, self.new_tokens
-        if whole is not None and not (
-            isinstance(whole, list) and whole and all(isinstance(w, str) and w for w in whole)
-        ):
-            raise ValueError(
-                "modules_to_save must be a list of name endings such as ['lm_head'], got "
-                f"{shown(whole)}"
-            )
-        if self.bias not in get_args(Bias):
-            raise ValueError(f"bias must be one of {get_args(Bias)}, got {shown(self.bias)}")
-        if tokens is not None and not (
-            isinstance(tokens, list)
-            and tokens
-            and all((isinstance(t, str) and t) or (type(t) is int and t >= 0) for t in tokens)
-        ):
-            raise ValueError(
-                "new_tokens must be a list of texts such as ['<tool>'], or of ids, got "
-                f"{shown(tokens)}"
-            )
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether there are new tokens, which a tokenizer must number."""
-        return any(isinstance(token, str) for token in self.new_tokens or ())
-
-    def teach(self, tokenizer: Any) -> None:
-        """Add the new tokens to a tokenizer."""
-        teach_tokens(tokenizer, self.new_tokens or ())
-
-    def select(self, names: list[str]) -> list[str]:
-        """Leave out what is trained whole."""
-        return [name for name in names if not within(name, self.modules_to_save or ())]
-
-    def companions(
-        self, model: nn.Module, names: list[str], stated: Mapping[str, Any], tokenizer: Any
-    ) -> Sequence[Part]:
-        """Return whole modules, biases and rows of new tokens, as far as there are any."""
-        parts: list[Part] = []
-        if self.modules_to_save is not None:
-            parts.append(WholeModules(self.modules_to_save))
-        if self.bias != "none":
-            parts.append(biases(model, self.bias, names, self.modules_to_save or ()))
-        if self.new_tokens is not None:
-            parts.append(new_tokens(model, names, self.new_tokens, stated, tokenizer))
-        return parts
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether some storage in ``weights/`` knows the matrix of ``layer``."""
@@ -239,13 +178,9 @@ class LoRA(AdapterSpec):
     def to_peft(self, targets: str | list[str], adapted: Sequence[Adapted]) -> dict[str, Any]:
         """Return the LoRA fields of an ``adapter_config.json``."""
         matrices = [one for one in adapted if isinstance(one.adapter, LoRAAdapter)]
-        rows = {one.name: one.adapter for one in adapted if isinstance(one.adapter, NewRows)}
-        copies = [one.adapter for one in adapted if isinstance(one.adapter, TrainedCopy)]
-        whole = list(dict.fromkeys(c.root for c in copies if isinstance(c.spec, WholeModules)))
         agrees = all(peft_agrees(o.layer) and not o.adapter.has_taken for o in matrices)
-        apart = not any(one.name in rows for one in adapted if one.adapter.slot != NewRows.slot)
         return {
-            "peft_type": "LORA" if agrees and apart else "LIT_LORA",
+            "peft_type": "LORA" if agrees and rows_apart(adapted) else "LIT_LORA",
             "target_modules": targets,
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -253,14 +188,7 @@ class LoRA(AdapterSpec):
             "use_rslora": self.rslora,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
-            "bias": PEFT_BIAS[self.bias],
-            "modules_to_save": whole or None,
-            "trainable_token_indices": {
-                name: list(adapter.spec.ids)
-                for name, adapter in rows.items()
-                if adapter.source is None
-            }
-            or None,
+            **self.companions_to_peft(adapted),
             "init_lora_weights": True,
         }
 
@@ -284,9 +212,7 @@ class LoRA(AdapterSpec):
             layers=_as_list(read_field(config, "layers_to_transform", (int, list), None)),
             rank_pattern=read_field(config, "rank_pattern", dict, {}),
             alpha_pattern=read_field(config, "alpha_pattern", dict, {}),
-            modules_to_save=read_field(config, "modules_to_save", list, None) or None,
-            bias=_read_bias(config),
-            new_tokens=_read_tokens(config),
+            **companions_from_peft(config),
         )
 
     def pack(self, model: nn.Module, adapted: Sequence[Adapted]) -> dict[str, Tensor]:
@@ -297,36 +223,7 @@ class LoRA(AdapterSpec):
         }
 
 
-def _read_bias(config: Mapping[str, Any]) -> Bias:
-    said = read_field(config, "bias", str, "none")
-    ours = next((mode for mode, theirs in PEFT_BIAS.items() if theirs == said), None)
-    if ours is None:
-        raise ValueError(f"bias={said!r} is unknown; expected one of {list(PEFT_BIAS.values())}")
-    return ours
-
-
-def _read_tokens(config: Mapping[str, Any]) -> list[str | int] | None:
-    """PEFT lists ids, or lists of ids by layer."""
-    said = read_field(config, "trainable_token_indices", (list, dict), None)
-    lists = list(said.values()) if isinstance(said, dict) else [said]
-    if not said:
-        return None
-    if any(ids != lists[0] for ids in lists):
-        raise ValueError(
-            f"trainable_token_indices={shown(said)}: rows that differ between layers are not "
-            "supported"
-        )
-    if not isinstance(lists[0], list) or not all(type(row) is int for row in lists[0]):
-        raise ValueError(f"trainable_token_indices must be lists of token ids, got {shown(said)}")
-    return lists[0]
-
-
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if config.get("ensure_weight_tying") and config.get("modules_to_save"):
-        raise ValueError(
-            "ensure_weight_tying with modules_to_save: one trained copy for two tied modules is "
-            "not supported; merge the adapter with PEFT instead"
-        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
         raise ValueError(
