@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.adapters import Adapted, AdapterSpec, FullFineTuning, LoRA, LoRAAdapter
-from lit_adapters.adapters.low_rank import TAKEN_NOTE
+from lit_adapters.adapters.taken import TAKEN_NOTE
 from lit_adapters.attachment import adapted_layers, attach, materialise, merge, mount, unmount
 from lit_adapters.folder import EXTRA, read_json
 from lit_adapters.initialisers import Factors

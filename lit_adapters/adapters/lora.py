@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lit_adapters.adapters.base import Adapted, Adapter
 from lit_adapters.adapters.companions import WithCompanions, companions_from_peft, rows_apart
 from lit_adapters.adapters.fields import read_field, shown
-from lit_adapters.adapters.low_rank import ORIGIN_NOTE, TAKEN_NOTE, LoRAAdapter
+from lit_adapters.adapters.low_rank import ORIGIN_NOTE, LoRAAdapter
 from lit_adapters.adapters.patterns import check_pattern, matches
+from lit_adapters.adapters.taken import TAKEN_NOTE
 from lit_adapters.weights import group_count, is_adaptable, matrix_shape, peft_agrees
 
 # Starts after which PEFT subtracts the first product from the base it trains on.

@@ -10,28 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_adapters.adapters.base import Adapter, AdapterSpec
-from lit_adapters.initialisers import Factors, Initialiser, Kaiming, RewritesBase, remainder
+from lit_adapters.adapters.taken import KeepsTaken
+from lit_adapters.initialisers import Factors, Initialiser, Kaiming, RewritesBase
 from lit_adapters.weights import (
     add_low_rank,
     factor_shapes,
     group_count,
     is_lookup,
-    is_plain,
     matrix_shape,
     read_weight,
-    requantise,
-    rounded,
-    rounding,
     write_weight,
 )
 
 # What ``lit_adapters.json`` says of a file whose rank holds factors and their start.
 ORIGIN_NOTE = "second half of the rank"
-# What it says where the second half was taken from the base before that was quantised.
-TAKEN_NOTE = "second half of the rank, taken from the base before it was quantised"
 
 
-class LoRAAdapter(Adapter):
+class LoRAAdapter(KeepsTaken):
     """The trained factors ``lora_A`` (groups * rank, in) and ``lora_B`` (out, rank), fp32.
 
     Where training starts at ``B A != 0``, the start is pinned as frozen ``lora_A0`` and ``lora_B0``
@@ -39,18 +34,13 @@ class LoRAAdapter(Adapter):
     the base's to the bit, and gradients are those of a base from which the start was subtracted.
 
     The one exception (QPiSSA): what was subtracted from the base itself before that was quantised
-    is kept as frozen ``taken_A`` and ``taken_B``, from which the base can be made again. They take
-    no part in what is computed.
+    is kept, so that the base can be made again (`KeepsTaken`).
 
     The branch is computed in fp32 (or in autocast's dtype) and cast to the layer's output dtype.
     """
 
     lora_A0: nn.Parameter | None
     lora_B0: nn.Parameter | None
-    taken_A: nn.Parameter | None
-    taken_B: nn.Parameter | None
-    taken_from: str | None = None  # digest of the matrices before that
-    rounding: Mapping[str, Any] | None = None  # of the base that was written
 
     def __init__(
         self, spec: AdapterSpec, rank: int, scale: float, dropout: float, layer: nn.Module
@@ -67,8 +57,6 @@ class LoRAAdapter(Adapter):
         self.lora_B = nn.Parameter(empty(out_features, rank))
         self.register_parameter("lora_A0", None)
         self.register_parameter("lora_B0", None)
-        self.register_parameter("taken_A", None)
-        self.register_parameter("taken_B", None)
 
     # --- where it starts -------------------------------------------------------------------------
 
@@ -92,7 +80,8 @@ class LoRAAdapter(Adapter):
         """
         if isinstance(initialiser, RewritesBase):
             assert dense is not None
-            self._start_on_remainder(layer, initialiser, generator, dense)
+            self.set_factors(self.take_from(layer, initialiser, generator, dense))
+            self.start_name = repr(initialiser)
             return
         if self.has_taken:
             raise ValueError(
@@ -125,61 +114,10 @@ class LoRAAdapter(Adapter):
         )
         self.start_name = repr(initialiser)
 
-    @torch.no_grad()
-    def _start_on_remainder(
-        self,
-        layer: nn.Module,
-        initialiser: RewritesBase,
-        generator: torch.Generator,
-        dense: Tensor,
-    ) -> None:
-        def store(matrix: Tensor) -> Tensor:
-            requantise(layer, matrix)
-            return read_weight(layer)
-
-        split = initialiser.split(dense, self.rank, self.scale, generator=generator, store=store)
-        self.set_factors(split.start)
-        self.take(split.taken)
-        self.rounding = rounding(layer)
-        self.start_name = repr(initialiser)
-
-    def take(self, taken: Factors | None = None) -> None:
-        """Keep what was taken from the base, or make room for it."""
-        A, B = (self.lora_A, self.lora_B) if taken is None else taken
-        self.taken_A = nn.Parameter(A.detach().clone().to(self.lora_A), requires_grad=False)
-        self.taken_B = nn.Parameter(B.detach().clone().to(self.lora_B), requires_grad=False)
-
     @property
-    def has_taken(self) -> bool:
-        """Whether the base lacks a part that is kept here."""
-        return self.taken_A is not None
-
-    @torch.no_grad()
-    def rewrite(self, layer: nn.Module, dense: Tensor) -> None:
-        """Make the base of training again from ``dense`` (out, in), fp32, the original.
-
-        A quantised layer gets the same bytes; a dense one the numbers that those stand for.
-
-        Raises:
-            ValueError: if the layer rounds otherwise.
-        """
-        assert self.taken_A is not None
-        assert self.taken_B is not None
-        left = remainder(dense, Factors(self.taken_A, self.taken_B), self.scale)
-        if is_plain(layer):
-            write_weight(layer, rounded(left, self.rounding or {}))
-            return
-        self.check_rounding(layer)
-        requantise(layer, left)
-        self.rounding = rounding(layer)
-
-    def check_rounding(self, layer: nn.Module) -> None:
-        """Refuse a quantised layer that rounds otherwise than the one in training."""
-        if not is_plain(layer) and self.rounding not in (None, rounding(layer)):
-            raise ValueError(
-                f"the adapter was trained on a base quantised as {self.rounding}, and this layer "
-                f"is quantised as {rounding(layer)}; load the base like that, or not quantised"
-            )
+    def trained_factors(self) -> Factors:
+        """``lora_A`` and ``lora_B``."""
+        return Factors(self.lora_A, self.lora_B)
 
     @torch.no_grad()
     def set_factors(self, factors: Factors, pin: bool = False) -> None:
@@ -214,10 +152,7 @@ class LoRAAdapter(Adapter):
         """Pin or unpin, as the checkpoint was."""
         if ("lora_A0" in names) != self.pinned and "lora_A" in names:
             self.pin("lora_A0" in names)
-        if "taken_A" in names and not self.has_taken:
-            self.take()
-        elif self.has_taken and "lora_A" in names and "taken_A" not in names:
-            self.taken_A = self.taken_B = self.rounding = self.taken_from = None
+        super().adopt(names)
 
     # --- what it computes ------------------------------------------------------------------------
 
@@ -315,14 +250,8 @@ class LoRAAdapter(Adapter):
 
     def notes(self) -> dict[str, Any]:
         """Return where it started, and that the file's second half of the rank is that start."""
-        if not self.has_taken:
-            return {"initialiser": self.start_name, "origin": ORIGIN_NOTE if self.pinned else None}
-        return {
-            "initialiser": self.start_name,
-            "origin": TAKEN_NOTE,
-            "taken_from": self.taken_from,
-            "quantised_as": self.rounding,
-        }
+        origin = ORIGIN_NOTE if self.pinned else None
+        return {"initialiser": self.start_name, "origin": origin, **super().notes()}
 
     def _second_half(self) -> Factors | None:
         """What a file holds beside the factors: the pinned origin, or what the base lacks."""
