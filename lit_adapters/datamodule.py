@@ -1,8 +1,9 @@
 """Instruction data for a Lightning trainer, resumable in the middle of an epoch."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -11,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.base_model import load_tokenizer
 from lit_adapters.data import (
-    Batch,
     BatchLoader,
     EvalOrder,
     Example,
@@ -30,6 +30,8 @@ from lit_adapters.data import (
     to_examples,
     tokenise,
 )
+
+Batching = Literal["auto", "packed", "padded"]
 
 _STAGES: Mapping[str | None, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
@@ -65,6 +67,9 @@ class InstructionDataModule(LightningDataModule):
     the seed and the epoch only, and resuming from a checkpoint within an epoch continues with
     the very batch that would have come next. Under several devices the data is shared here;
     `Trainer(use_distributed_sampler=...)` makes no difference.
+
+    The sequences of a batch are packed, one behind the other in a single row, if the trainer's
+    module says that its model keeps them apart (`packing_obstacle` is None); else they are padded.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         max_length: int = 512,
         batch_size: int = 8,
+        batch_tokens: int | None = None,
+        batching: Batching = "auto",
         val_size: int | float = 0.05,
         seed: int = 0,
         group_by_length: bool = True,
@@ -91,11 +98,17 @@ class InstructionDataModule(LightningDataModule):
             tokenizer: A folder or hub id, or a tokenizer. None takes the model's.
             max_length: Tokens per example, prompt included.
             batch_size: Examples per device and batch.
+            batch_tokens: Tokens per device and batch, padding included, instead of batch_size:
+                batches are filled with as many examples as fit.
+            batching: "packed" concatenates the examples of a batch into one row, without padding;
+                attention stays within each. "padded" pads them to the longest. "auto" packs where
+                the model is known to keep the examples apart.
             val_size: Used when the source has no validation split: what to hold out of train,
                 below 1 a share, else a count of examples; 0 trains without validation. A source
                 without test split is tested on its validation split.
             seed: Decides the held-out examples and the order of batches.
-            group_by_length: Batch examples of similar length; saves padding.
+            group_by_length: Batch examples of similar length; saves padding. With batch_tokens,
+                examples are chosen by what fits.
             overlong: What happens to examples above max_length: truncate (on the right; dropped
                 where the prompt alone is too long), truncate-prompt (the start of the prompt goes
                 before any of the response) or drop.
@@ -105,6 +118,11 @@ class InstructionDataModule(LightningDataModule):
         super().__init__()
         if train_limit is not None and train_limit < 1:
             raise ValueError(f"train_limit {train_limit} is below 1; give a count, or null for all")
+        if batching not in get_args(Batching):
+            raise ValueError(
+                f"batching {batching!r} is unknown; use 'auto', 'packed' or 'padded' (with "
+                "group_by_length, which is the default, padding is little)"
+            )
         by_name = tokenizer is None or isinstance(tokenizer, str)
         self.save_hyperparameters(ignore=[] if by_name else ["tokenizer"])
         self.path = path
@@ -112,6 +130,8 @@ class InstructionDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.batching: Batching = batching
         self.val_size = val_size
         self.seed = seed
         self.group_by_length = group_by_length
@@ -122,6 +142,7 @@ class InstructionDataModule(LightningDataModule):
         self._splits: Splits | None = None
         self._tokens: dict[str, list[Tokens]] = {}
         self._tokenised_with: PreTrainedTokenizerBase | None = None
+        self._padding_explained = False
 
     def prepare_data(self) -> None:
         """Download a hub data set into the cache, once per machine."""
@@ -137,8 +158,8 @@ class InstructionDataModule(LightningDataModule):
         """Return the prompts and responses of a split; needs neither trainer nor tokenizer."""
         return to_examples(self._records()[split], self.format, f"{self.path} ({split})")
 
-    def sequences(self, batch: Mapping[str, Tensor]) -> list[Batch]:
-        """Return the sequences of a batch without padding: `input_ids` and `labels`, 1-D."""
+    def sequences(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """Return the sequences of a packed or padded batch: `input_ids` and `labels`, 1-D."""
         return sequences(batch)
 
     def train_dataloader(self) -> FitLoader:
@@ -150,9 +171,10 @@ class InstructionDataModule(LightningDataModule):
             seed=self.seed,
             shuffle=not getattr(self.trainer, "overfit_batches", 0),
             group_by_length=self.group_by_length,
+            **self._budget(),
             **self._devices(),
         )
-        loader = FitLoader(tokens, order, self._pad_id(), self.num_workers)
+        loader = FitLoader(tokens, order, self._pad_id(), **self._loading())
         loader.trainer = self.trainer
         return loader
 
@@ -175,10 +197,43 @@ class InstructionDataModule(LightningDataModule):
 
     def _eval_loader(self, split: SplitName) -> BatchLoader:
         tokens = self._fitting(split)
-        order = EvalOrder(len(tokens), self.batch_size, **self._devices())
-        return BatchLoader(tokens, order, self._pad_id(), self.num_workers)
+        lengths = [len(example["input_ids"]) for example in tokens]
+        order = EvalOrder(lengths, self.batch_size, **self._budget(), **self._devices())
+        return BatchLoader(tokens, order, self._pad_id(), **self._loading())
 
-    def _devices(self) -> dict[str, int]:
+    def _budget(self) -> dict[str, Any]:
+        if self.batch_tokens is None:  # then the order is the same, packed or not
+            return {}
+        return {"batch_tokens": self.batch_tokens, "packed": self._packs()}
+
+    def _loading(self) -> dict[str, Any]:
+        strategy = getattr(self.trainer, "strategy", None)
+        on_cpu = strategy is None or strategy.root_device.type == "cpu"
+        return {
+            "num_workers": self.num_workers,
+            "packed": self._packs(),
+            "pin_memory": not on_cpu and torch.accelerator.is_available(),
+        }
+
+    def _packs(self) -> bool:
+        """Whether batches are packed; says once why not, if that was left to be found out."""
+        if self.batching == "padded":
+            return False
+        module = getattr(self.trainer, "lightning_module", None)
+        unknown = f"{type(module).__name__} does not say whether its model keeps sequences apart"
+        obstacle = getattr(module, "packing_obstacle", unknown if self.batching == "auto" else None)
+        if obstacle is None:
+            return True
+        if self.batching == "packed":
+            raise ValueError(
+                f"batching='packed', but {obstacle}; use batching='auto', which then pads"
+            )
+        if module is not None and not self._padding_explained:
+            self._padding_explained = True
+            rank_zero_info(f"Batches are padded, not packed: {obstacle}.")
+        return False
+
+    def _devices(self) -> dict[str, Any]:
         # The strategy's numbers: under tensor parallelism several devices share a data rank.
         sharing = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         return {"rank": sharing.get("rank", 0), "devices": sharing.get("num_replicas", 1)}

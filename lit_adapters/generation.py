@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_adapters.data.batches import sequences
 from lit_adapters.data.tokens import leading_ids
 from lit_adapters.losses import IGNORE
 
@@ -80,15 +81,14 @@ def generate_from_ids(
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     max_new_tokens: int,
 ) -> list[dict[str, str]]:
-    """Answer the untrained head of every sequence of a labelled, right-padded batch."""
+    """Answer the untrained head of every sequence of a labelled batch, packed or padded."""
     prompts, references = [], []
-    rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
-    for ids, labels, mask in rows:
-        trained = ((labels != IGNORE) & (mask == 1)).nonzero().flatten()
-        start = int(trained[0]) if len(trained) else int(mask.sum())
+    for part in sequences(batch):
+        ids, trained = part["input_ids"], (part["labels"] != IGNORE).nonzero().flatten()
+        start = int(trained[0]) if len(trained) else len(ids)
         prompts.append(ids[:start].tolist())
         references.append(str(tokenizer.decode(ids[trained], skip_special_tokens=True)))
     predictions = generate_from_ids(model, tokenizer, prompts, max_new_tokens)

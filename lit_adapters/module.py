@@ -37,6 +37,7 @@ from lit_adapters.optim import (
     warmup_then,
 )
 from lit_adapters.optim.schedule import Decay
+from lit_adapters.packed_rows import keep_rows_apart
 from lit_adapters.quantization import Kind, Quantization
 from lit_adapters.recompute import Policy, recompute_activations, recompute_every
 from lit_adapters.remainders import rewrite_for
@@ -50,7 +51,10 @@ from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
 from lit_adapters.weights import is_plain
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
+
+# What the model reads of a batch: a padded one has a mask, a packed one positions.
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 # Sums over tokens would overflow fp16 gradients. The number of tokens in a window is known only at
 # its end; a power of two near it changes no bit of the result.
@@ -90,6 +94,7 @@ class AdapterFineTuneModule(LightningModule):
     """
 
     model: PreTrainedModel
+    packing_obstacle: str | None = "the model is not built yet"  # why batches have to be padded
 
     def __init__(
         self,
@@ -193,6 +198,7 @@ class AdapterFineTuneModule(LightningModule):
             attach(self.model, self.adapter, tokenizer=tokenizer)
         if self.recompute_every:
             recompute_activations(self.model, self.recompute_every)
+        self.packing_obstacle = keep_rows_apart(self.model)
         for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
             if isinstance(callback, InitAdapters):
                 callback.initialise(self, self.model)
@@ -251,15 +257,14 @@ class AdapterFineTuneModule(LightningModule):
         """Run the model; the one place where the loss is computed.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, all (batch, time) int64.
+            batch: ``input_ids``, ``labels`` and either ``attention_mask`` or, if sequences follow
+                each other in one row, ``position_ids``; all (batch, time) int64.
             count_correct: Whether to count the tokens that the model ranks first.
         """
-        inputs = {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "use_cache": False,
-        }
-        return self.model_loss(self.model, inputs, batch["labels"], count_correct)
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return self.model_loss(
+            self.model, {**inputs, "use_cache": False}, batch["labels"], count_correct
+        )
 
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed negative log likelihood (nats) and the number of trained tokens."""

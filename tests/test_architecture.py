@@ -33,6 +33,8 @@ FLOORS = {
     "folder.py": 4,
     "peft_config.py": 4,
     "fingerprint.py": 4,
+    "blockwise_attention.py": 4,
+    "packed_rows.py": 5,
     "model_card.py": 4,
     "saved_settings.py": 4,
     "trained_state.py": 4,

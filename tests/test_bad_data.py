@@ -142,7 +142,7 @@ def test_a_share_that_is_no_number_is_refused(val_size):
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_batch_size_below_one_is_refused_for_evaluation_too(size):
     with pytest.raises(ValueError, match=f"batch_size {size} is below 1; give at least 1"):
-        EvalOrder(5, size)
+        EvalOrder([3] * 5, size)
 
 
 # ---------------------------------------------------------------- lengths

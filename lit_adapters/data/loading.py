@@ -29,6 +29,8 @@ class BatchLoader:
         order: Which examples form which batch.
         pad_id: Token id for padding; it is masked, so any id of the vocabulary will do.
         num_workers: Worker processes; 0 collates in this process.
+        packed: Concatenate the examples of a batch instead of padding them.
+        pin_memory: Put batches where an accelerator can fetch them beside the computation.
     """
 
     def __init__(
@@ -37,11 +39,15 @@ class BatchLoader:
         order: TrainOrder | EvalOrder,
         pad_id: int,
         num_workers: int = 0,
+        packed: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         self.examples = examples
         self.order = order
         self.pad_id = pad_id
         self.num_workers = num_workers
+        self.packed = packed
+        self.pin_memory = pin_memory
         self._at = (0, 0)  # epoch, batches of it handed out
         self._next = (0, 0)  # where the next iteration begins
 
@@ -53,8 +59,9 @@ class BatchLoader:
         batches: DataLoader[Tokens] = DataLoader(
             self.examples,  # type: ignore[arg-type]  # a sequence is all a DataLoader needs
             batch_sampler=self.order.batches(epoch)[done:],
-            collate_fn=partial(collate, pad_id=self.pad_id),
+            collate_fn=partial(collate, pad_id=self.pad_id, packed=self.packed),
             num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(epoch),  # or it draws from the global one
         )
         for batch in batches:
@@ -77,10 +84,10 @@ class BatchLoader:
         if state["order"] != self._checksum():
             warnings.warn(
                 f"the order of batches in epoch {epoch} is not the one of the checkpoint: the "
-                "data, seed, batch_size, max_length, group_by_length or number of devices has "
-                f"changed; the epoch goes on after batch {done} of the new order, so that some of "
-                "its examples come twice and others not at all. To avoid that, resume with the "
-                "settings of the checkpoint, or from a checkpoint of an epoch's end",
+                "data, seed, batch_size, batch_tokens, max_length, group_by_length or number of "
+                f"devices has changed; the epoch goes on after batch {done} of the new order, so "
+                "that some of its examples come twice and others not at all. To avoid that, resume "
+                "with the settings of the checkpoint, or from a checkpoint of an epoch's end",
                 stacklevel=2,
             )
         self._at = self._next = (epoch, done) if done < len(self) else (epoch + 1, 0)
