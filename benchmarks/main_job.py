@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lit_adapters.exact_match import Score, exact_match
+from lit_adapters.metrics import Score, exact_match
 
 ROOT = Path(__file__).resolve().parents[1]
 

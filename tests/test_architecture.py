@@ -20,7 +20,7 @@ FLOORS = {
     "data/": 1,
     "losses.py": 1,
     "version.py": 1,
-    "exact_match.py": 1,
+    "metrics/": 1,
     "throughput.py": 1,
     "adapters/": 2,
     "targets.py": 2,
@@ -63,9 +63,10 @@ FLOOR_ONE_EXTRAS = {
     "weights/": {"transformers.pytorch_utils", "bitsandbytes"},
     "data/": {"datasets"},  # only to read a data set of the hub
     "losses.py": {"liger_kernel"},
+    "metrics/": {"torchmetrics", "regex", "sacrebleu"},
 }
 # Imports inside functions: packages that may be absent, or that few runs need and all wait for.
-OPTIONAL = {"bitsandbytes", "datasets", "liger_kernel"}
+OPTIONAL = {"bitsandbytes", "datasets", "liger_kernel", "sacrebleu"}
 LAZY_ENTRY = "__main__.py"  # imports the half of the command line that is asked for
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py", "tools.py"}
 

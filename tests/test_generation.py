@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_adapters import LoRA, attach
 from lit_adapters.data import Example, collate, tokenise
-from lit_adapters.exact_match import Score, exact_match, matches
 from lit_adapters.generation import answer, generate, generate_from_ids
+from lit_adapters.metrics import Score, exact_match, matches
 from tests.data.word_tokenizer import BOS, EOS, word_tokenizer
 from tests.models import gemma, gpt2, llama, mistral, qwen2, shake
 

@@ -13,8 +13,8 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.data import Example
-from lit_adapters.exact_match import Score, exact_match, matches
 from lit_adapters.generation import generate
+from lit_adapters.metrics import Score, exact_match, matches
 from lit_adapters.trained_state import random_state, set_random_state
 
 

@@ -1,8 +1,10 @@
 """Exact match of generated answers, per task."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from lit_adapters.metrics.base import Answer, TextMetric
 
 
 class Score(NamedTuple):
@@ -18,6 +20,21 @@ class Score(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.right}/{self.total} ({self.share:.0%})"
+
+
+class ExactMatch(TextMetric):
+    """Share of answers that `matches` calls right."""
+
+    names = ("exact_match",)
+    width = 1
+
+    def count(self, answer: Answer) -> list[float]:
+        """Return 1 if right, 0 if wrong."""
+        return [float(matches(answer.prediction, answer.reference))]
+
+    def scores(self, sums: Sequence[float], answers: int) -> list[float]:
+        """Return the share of right answers."""
+        return [sums[0] / answers]
 
 
 def matches(prediction: str, reference: str) -> bool:
