@@ -53,13 +53,14 @@ def footprint(model: nn.Module) -> Footprint:
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
-    return sum(
-        value.nbytes
+    """Bytes of all tensors in the optimizer's state; those that parameters share count once."""
+    held = {
+        id(value): value.nbytes
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
-    )
+    }
+    return sum(held.values())
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics import SumMetric
@@ -34,6 +35,7 @@ from lit_adapters.optim import (
     options_of,
     parameter_groups,
     set_options,
+    unpacked,
     warmup_then,
 )
 from lit_adapters.optim.schedule import Decay
@@ -348,6 +350,8 @@ class AdapterFineTuneModule(LightningModule):
             self._optimizer_logged = True
             size = sum(optimizer_bytes(o) for o in self.trainer.optimizers)
             self._log_once({"bytes/optimizer": size})
+            for said in filter(None, map(unpacked, self.trainer.optimizers)):
+                rank_zero_info(said)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and its schedule."""

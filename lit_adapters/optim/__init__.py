@@ -1,5 +1,6 @@
 """How parameters are stepped: groups, schedules, and GaLore's projection around an optimizer."""
 
+from lit_adapters.optim.eight_bit import unpacked
 from lit_adapters.optim.galore import GaLoreEngine
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.groups import fuse, hold_ratios, parameter_groups
@@ -16,5 +17,6 @@ __all__ = [
     "options_of",
     "parameter_groups",
     "set_options",
+    "unpacked",
     "warmup_then",
 ]
