@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-from lit_adapters import AdapterFineTuneModule, FullFineTuning, LoRA
+from lit_adapters import AdapterFineTuneModule, FullFineTuning, GaLore, LoRA
 from lit_adapters.datamodule import InstructionDataModule
 from lit_adapters.footprint import optimizer_bytes
 from lit_adapters.optim import unpacked
@@ -40,6 +40,7 @@ SGD = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.0}
 RMSPROP = {"lr": 2e-4, "alpha": 0.9}
 # Made once, so that the runs they are compared with are made once.
 ADAMW_IN_FP32 = partial(torch.optim.AdamW, **ADAM)
+GALORE_8BIT = partial(bnb.AdamW8bit, min_8bit_size=1024, **ADAM)
 LION_IN_FP32 = partial(bnb.Lion, **LION)
 # Of each: the class, its moments that are packed, and what computes the same in fp32.
 KINDS = {
@@ -57,14 +58,20 @@ packing = pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind]
 
 
 @cache  # two kinds share the fp32 they are compared with
-def losses_on_real_records(make_optimizer):
-    """Validation loss before and after 24 steps of full fine-tuning, and the optimizer."""
+def losses_on_real_records(make_optimizer, rank=None):
+    """Validation loss before and after 24 steps of full fine-tuning, and the optimizer.
+
+    With a rank, by GaLore.
+    """
     seed_everything(0, verbose=False)
     data = InstructionDataModule("tiny", batch_size=4, max_length=96, train_limit=96)
     module = AdapterFineTuneModule(
         "tiny", adapter=FullFineTuning(), optimizer=make_optimizer, warmup=3
     )
-    trainer = make_trainer(None, max_steps=24, limit_val_batches=4, num_sanity_val_steps=0)
+    callbacks = [GaLore(rank, update_gap=8, scale=1.0)] if rank else []
+    trainer = make_trainer(
+        None, max_steps=24, limit_val_batches=4, num_sanity_val_steps=0, callbacks=callbacks
+    )
     [before] = trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
     optimizer = trainer.optimizers[0]
@@ -101,6 +108,21 @@ def test_it_ends_where_fp32_does_with_a_byte_an_element(kind):
             assert held(optimizer, parameter) <= 1.02 * moments * parameter.numel()
         else:  # norms: too small
             assert held(optimizer, parameter) == 4 * states * parameter.numel()
+
+
+def test_around_galore_s_shadows_they_do_the_same():
+    """Rank 16 of 128: the largest moments are 352 x 16 = 5632 elements."""
+    found = {}
+    for name, make_optimizer in (("8-bit", GALORE_8BIT), ("fp32", ADAMW_IN_FP32)):
+        before, found[name], optimizer = losses_on_real_records(make_optimizer, rank=16)
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        if name == "8-bit":
+            large = [p for p in stepped if p.numel() >= 1024]
+            assert {tuple(p.shape) for p in large} >= {(352, 16), (16, 352), (128, 16)}
+            assert all(held(optimizer, p) <= 1.02 * 2 * p.numel() for p in large)
+    print(f"GaLore: {before:.4f} -> {found['8-bit']:.4f}, fp32 {found['fp32']:.4f}")
+    assert found["fp32"] < 0.9 * before
+    assert found["8-bit"] == pytest.approx(found["fp32"], rel=0.02)
 
 
 def test_the_maps_that_all_states_share_count_once():

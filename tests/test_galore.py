@@ -481,6 +481,8 @@ SCALED = {
     "adamw-fused": lambda m: AdamW(m.parameters(), lr=0.01, weight_decay=0.1, fused=True),
     "sgd": lambda m: SGD(m.parameters(), lr=0.1, weight_decay=0.1),
     "adam-fused": lambda m: Adam(m.parameters(), lr=0.01, weight_decay=0.1, fused=True),
+    "adafactor": lambda m: unscaled_adafactor(m.parameters()),
+    "bnb-adamw-8bit": lambda m: OPTIMIZERS["bnb-adamw-8bit"](m.parameters()),
 }
 
 
@@ -653,6 +655,52 @@ def test_every_layer_with_a_matrix_is_projected_as_out_by_the_rest(channels_last
         best = U[:, :4] * S[:4] @ Vh[:4]  # the update is its best approximation of rank 4
         torch.testing.assert_close(moved.flatten(1), best, rtol=1e-3, atol=1e-6)
         assert moved.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right", "full"])
+def test_a_convolution_over_whole_inputs_is_trained_like_the_linear_layer_it_is(side, svd, moments):
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(27, 12), nn.Conv2d(3, 12, 3)
+    x, y = torch.randn(16, 3, 3, 3), torch.randn(16, 12)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.view_as(conv.weight))
+        conv.bias.copy_(linear.bias)
+    how = Projection(rank=3, update_gap=2, side=side, svd=svd, moments=moments)
+    ends = []
+    for layer, inputs in ((linear, x.flatten(1)), (conv, x)):
+        start = layer.weight.detach().clone()
+        optimizer = SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        GaLoreEngine({"layer": layer}, optimizer, how, seed=0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.mse_loss(layer(inputs).flatten(1), y).backward()
+            optimizer.step()
+        assert (layer.weight - start).abs().max() > 1e-3
+        ends.append(layer.weight.detach().flatten(1))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right", "full"])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(12, 8), lambda: nn.Conv2d(3, 8, 2)])
+def test_a_bf16_weight_of_any_layer_is_the_fp32_one_to_a_neighbour(build, side):
+    torch.manual_seed(0)
+    half = build().bfloat16()
+    plain = copy.deepcopy(half).float()
+    start = plain.weight.detach().clone()
+    gradient, ends = torch.randn(start.shape).bfloat16(), []
+    for layer in (half, plain):
+        optimizer = SGD([layer.weight], lr=0.1, weight_decay=0.3)
+        how = Projection(rank=2, scale=1.0, side=side)
+        GaLoreEngine({"layer": layer}, optimizer, how, seed=0)
+        (layer.weight * gradient.to(layer.weight.dtype)).sum().backward()
+        optimizer.step()
+        ends.append(layer.weight.detach().float())
+    moved = (ends[1] - start).abs().max()
+    assert moved > 0.1
+    # A neighbour of the weight, and the gradient projected on bases in bf16.
+    assert ((ends[0] - ends[1]).abs() <= 2**-7 * ends[1].abs() + 2**-7 * moved).all()
 
 
 def test_what_cannot_or_need_not_be_projected_stays_ordinary_and_says_why():
@@ -1000,6 +1048,46 @@ def test_a_run_resumed_inside_a_period_goes_on_to_the_bit(kind, svd):
         part.load_state_dict(state)
     run_steps(fresh, optimizer, schedule, range(6, 14))
     assert distance(weights(fresh), weights(model)) == 0
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right", "full"])
+@every_shape
+def test_every_way_to_project_accumulates_clips_and_resumes(shape, side, svd, moments):
+    """Ten steps of four micro-batches, clipped, saved inside the third period: as whole batches."""
+
+    def prepared():
+        model = chain_of(shape)
+        optimizer = AdamW(model.parameters(), lr=0.01, eps=1e-6, weight_decay=0.1)
+        how = {"rank": 3, "update_gap": 3, "side": side, "svd": svd, "moments": moments}
+        return model, optimizer, engine_for(model, optimizer, **how)
+
+    def run(model, optimizer, engine, numbers, parts):
+        for number in numbers:
+            optimizer.zero_grad()
+            for part in range(parts):
+                engine.accumulating = part < parts - 1
+                rows = slice(part * 16 // parts, (part + 1) * 16 // parts)
+                (loss_of(model, number, rows) / parts).backward()
+            stepped = [p for group in optimizer.param_groups for p in group["params"]]
+            assert nn.utils.clip_grad_norm_(stepped, 0.02) > 0.02
+            optimizer.step()
+        return weights(model)
+
+    whole = run(*prepared(), range(10), parts=1)
+    first = prepared()
+    run(*first, range(8), parts=4)
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in first], buffer)
+    ended = run(*first, range(8, 10), parts=4)
+    assert distance(ended, whole) < 1e-5
+    assert distance(ended, weights(chain_of(shape))) > 5e-3
+    buffer.seek(0)
+    again = prepared()
+    for part, state in zip(again, torch.load(buffer, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert distance(run(*again, range(8, 10), parts=4), ended) == 0
 
 
 def test_the_rate_and_decay_of_groups_that_loading_replaced_are_the_ones_that_count():

@@ -209,8 +209,9 @@ class Weighted(Foreign):
         return super().training_step(batch, batch_idx) * len(batch[0]) * divided / 16
 
 
+@pytest.mark.parametrize("clip", [None, 0.01])
 @pytest.mark.parametrize("count", [24, 22])
-def test_accumulated_batches_train_like_one_batch(tmp_path, count):
+def test_accumulated_batches_train_like_one_batch(tmp_path, count, clip):
     """Over changes of subspace. With 22 the last window of each epoch is short and steps too."""
     small, large = Rows(count), Rows(count)
     windows = [small.batches[i : i + 4] for i in range(0, count, 4)]
@@ -219,8 +220,10 @@ def test_accumulated_batches_train_like_one_batch(tmp_path, count):
     for accumulate, data in ((4, small), (1, large)):
         module = Weighted()
         settings = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
-        trainer, _ = fit(tmp_path, module, data=data, **settings)
+        trainer, _ = fit(tmp_path, module, data=data, gradient_clip_val=clip, **settings)
         assert trainer.global_step == 12
+        norms = [torch.stack([g.norm() for g in step]).norm() for step in module.gradients]
+        assert all((norm <= 0.01 + 1e-6) == (clip is not None) for norm in norms)
         ends.append(weights(module))
     assert distance(*ends) < 1e-5
     assert distance(ends[0], weights(Weighted())) > 1e-2
