@@ -40,6 +40,7 @@ from lit_adapters.optim import (
 )
 from lit_adapters.optim.schedule import Decay
 from lit_adapters.packed_rows import keep_rows_apart
+from lit_adapters.precision import base_dtype, careful, compute_dtype
 from lit_adapters.quantization import Kind, Quantization
 from lit_adapters.recompute import Policy, recompute_activations, recompute_every
 from lit_adapters.remainders import rewrite_for
@@ -51,7 +52,6 @@ from lit_adapters.saved_settings import (
 )
 from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
-from lit_adapters.weights import is_plain
 
 Batch = Mapping[str, Any]
 
@@ -129,7 +129,7 @@ class AdapterFineTuneModule(LightningModule):
         self.lora_plus_ratio = lora_plus_ratio
         self.embedding_lr = embedding_lr
         self.recompute_every = recompute_every(gradient_checkpointing)
-        self.dtype_of_base = dtype
+        self.dtype_of_base: Dtype = dtype
         self.revision = revision
         self.attn_implementation = attn_implementation
         self.max_new_tokens = max_new_tokens
@@ -186,13 +186,14 @@ class AdapterFineTuneModule(LightningModule):
         if self._built:
             return
         if self.base is not None:
+            precision = str(getattr(self._trainer, "precision", "32-true"))
             self.model = load_base(
                 self.base,
-                self._base_dtype(),
+                base_dtype(self.dtype_of_base, precision),
                 self.revision,
                 self.attn_implementation,
                 self.quantization,
-                self._compute_dtype(),
+                compute_dtype(self.dtype_of_base, precision),
                 self._trainer.strategy.root_device if self._trainer else None,
             )
         if not any(adapted_layers(self.model)):  # a model passed in may be adapted already
@@ -207,50 +208,12 @@ class AdapterFineTuneModule(LightningModule):
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
         self._built = True
 
-    def _base_dtype(self) -> torch.dtype:
-        if self.dtype_of_base != "auto":
-            return cast(torch.dtype, getattr(torch, self.dtype_of_base))
-        precision = str(getattr(self._trainer, "precision", "32-true"))
-        return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-
-    def _compute_dtype(self) -> torch.dtype:
-        """What quantised layers multiply in."""
-        if self.dtype_of_base != "auto":
-            return self._base_dtype()
-        kind = str(getattr(self._trainer, "precision", "32-true")).partition("-")[0]
-        return {"bf16": torch.bfloat16, "16": torch.float16}.get(kind, torch.float32)
-
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "AdapterFineTuneModule":
-        """Let ``precision="bf16-true"`` cast weights, but nothing packed and no fp32 buffer.
-
-        fp32 buffers are rotary frequencies; packed weights may be bytes in a float's clothes.
-        """
-        packed = {
-            id(parameter)
-            for module in self.modules()
-            if not is_plain(module)
-            for name, parameter in module.named_parameters(recurse=False)
-            if name == "weight"
-        }
-
-        def apply(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            changed = id(tensor) in packed and moved.dtype != tensor.dtype
-            return tensor.to(moved.device) if changed else moved
-
-        kept = [
-            (module, name, buffer)
-            for module in self.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer.dtype == torch.float32
-        ]
-        super()._apply(apply, recurse)
-        for module, name, buffer in kept:
-            moved = cast(Tensor, module._buffers[name])
-            if moved.dtype != torch.float32:
-                module._buffers[name] = buffer.to(moved.device)
+        """Let ``precision="bf16-true"`` cast weights, but nothing packed and no fp32 buffer."""
+        with careful(self, fn) as apply:
+            super()._apply(apply, recurse)
         return self
 
     # --- the loss --------------------------------------------------------------------------------

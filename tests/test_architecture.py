@@ -40,6 +40,7 @@ FLOORS = {
     "trained_state.py": 4,
     "base_model.py": 4,
     "quantization.py": 4,
+    "precision.py": 4,
     "dense_weights.py": 4,
     "recompute.py": 4,
     "remainders.py": 4,
