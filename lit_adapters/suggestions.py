@@ -20,6 +20,11 @@ _WRONG = re.compile(
     r'Parser key "(?P<key>[^"]+)":\s+Expected an? <class \'(?P<kind>\w+)\'>\. '
     r"Got value: (?P<value>.*)"
 )
+_NO_LIST = re.compile(
+    r'.*Parser key "(?P<key>[^"]+)":.*- Expected a <class \'list\'>\n.*'
+    r"Given value type: <class '(?!list)\w+'>\n +Given value: (?P<value>[^\n]*)",
+    re.DOTALL,
+)
 _REASONS = re.compile(r"^ *Errors:\n(.*?)^ *Given value type", re.MULTILINE | re.DOTALL)
 _CHOICES = re.compile(
     r"Subtypes: \[(?P<kinds>(?:<class '\w+'>|typing\.Literal\[[^]]*]|, )+)]$"
@@ -51,6 +56,13 @@ def clearer(message: str, options: Sequence[str], classes: Sequence[str] = ()) -
         inner = f"{owner[1]}: {wrong['key']}" if owner else wrong["key"]
         prefix = where if owner else ""
         return f"{prefix}{inner} must be {wrong['kind']}, got {wrong['value']!r}"
+    if place and (single := _NO_LIST.match(message)):
+        owner, value = _CLASS.search(message), single["value"]
+        who = f"{where}{owner[1]}: {single['key']}" if owner else single["key"]
+        return (
+            f"{who} must be a list, got {value!r}; write '[{value}]', or end the flag in + to add "
+            f"one entry: {single['key'].rpartition('.')[2]}+ {value}"
+        )
     if "is abstract" in message and place:
         example = classes[0] if classes else "CLASS"
         return (

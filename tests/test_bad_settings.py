@@ -126,6 +126,12 @@ LORA = ["--model.adapter", "LoRA"]
         ([*LORA, "--model.adapter.init_args.rnk", "4"], "option 'rnk'; did you mean rank?"),
         ([*LORA, "--model.adapter.rnk=4"], "model.adapter: lit_adapters.LoRA: unknown option"),
         ([*LORA, "--model.adapter.rank", "eight"], "LoRA: rank must be int, got 'eight'"),
+        (
+            [*LORA, "--model.adapter.modules_to_save", "lm_head"],
+            "LoRA: modules_to_save must be a list, got 'lm_head'; write '[lm_head]', or end the "
+            "flag in + to add one entry: modules_to_save+ lm_head",
+        ),
+        ([*LORA, "--model.adapter.layers", "3"], "LoRA: layers must be a list, got '3'; write"),
         (["--model.adapter", "LoRAA"], "'LoRAA' is unknown; did you mean LoRA"),
         (["--model.lora_pluss_ratio", "4"], "did you mean --model.lora_plus_ratio?"),
         (["--model.lr_scheduler", "cosin"], "'cosin' is unknown; did you mean cosine?"),
