@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec
+from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec, Part, own_modules
 from lit_adapters.adapters.fields import read_field
 from lit_adapters.optim import SHADOW
 from lit_adapters.weights import is_plain
@@ -33,6 +33,23 @@ class FullFineTuning(AdapterSpec):
     def fits(self, layer: nn.Module) -> bool:
         """Whether ``layer`` has parameters of its own."""
         return any(True for _ in layer.parameters(recurse=False))
+
+    def companions(
+        self, model: nn.Module, names: list[str], stated: Mapping[str, Any], tokenizer: Any
+    ) -> Sequence[Part]:
+        """Refuse norms that learn from every batch, whether their parameters are trained or not.
+
+        Raises:
+            ValueError: if there is one in ``model``: no adapter file holds what it learns.
+        """
+        for name, module in own_modules(model).items():
+            if getattr(module, "track_running_stats", False):
+                raise ValueError(
+                    f"{name!r} ({type(module).__name__}) keeps running statistics up to date "
+                    "in training, frozen or not, and adapter files hold parameters only; replace "
+                    "it by a norm that keeps none, such as GroupNorm"
+                )
+        return ()
 
     def build(self, layer: nn.Module, name: str) -> "TrainedLayer":
         """Return the marker of a trained layer.
