@@ -10,7 +10,7 @@ from torch import nn
 from lit_adapters.adapters import Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.optim import SHADOW
-from lit_adapters.weights import is_adaptable, is_lookup, is_plain, matrix_shape
+from lit_adapters.weights import has_matrix, is_lookup, is_plain, matrix_shape
 
 PACKED = "packed"  # in place of digests of weights that are not there
 SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billions of weights
@@ -39,7 +39,7 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     owners = {
         id(p): m for m in model.modules() for n, p in m.named_parameters(recurse=False)
-        if n == "weight" and is_adaptable(m) and not is_lookup(m)
+        if n == "weight" and has_matrix(m) and not is_lookup(m)
     }  # fmt: skip
     whole, rest = Digests(), Digests()
     for name, parameter in model.named_parameters():

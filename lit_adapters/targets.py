@@ -1,6 +1,7 @@
 """Which modules a spec means: ``targets``, ``exclude`` and ``layers`` resolved on a model."""
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator
 
@@ -11,6 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from lit_adapters.adapters import Part, own_modules
 from lit_adapters.adapters.fields import shown
 from lit_adapters.adapters.patterns import check_pattern, matches
+from lit_adapters.weights import foreign_forward
+
+log = logging.getLogger(__name__)
 
 
 def match_targets(model: nn.Module, spec: Part) -> list[str]:
@@ -38,7 +42,8 @@ def match_targets(model: nn.Module, spec: Part) -> list[str]:
         kind = type(modules[unfit[0]]).__name__
         raise ValueError(
             f"{spec.field}={shown(spec.targets)} matches {unfit[0]!r}, a {kind}, which cannot "
-            f"hold a {type(spec).__name__} adapter. {_nearest('', modules, spec)}"
+            f"hold a {type(spec).__name__} adapter{_why(modules[unfit[0]])}. "
+            f"{_nearest('', modules, spec)}"
         )
     selected = spec.select(names)
     if not selected:
@@ -78,13 +83,19 @@ def _select(
             for module in model.modules()  # the language model may be wrapped in something else
             if isinstance(module, PreTrainedModel)
         }
-        return [
-            name
+        linear = {
+            name: module
             for name, module in modules.items()
-            if isinstance(module, nn.Linear | Conv1D)
-            and id(module) not in heads
-            and spec.fits(module)
-        ]
+            if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads
+        }
+        names = [name for name, module in linear.items() if spec.fits(module)]
+        other = [n for n, module in linear.items() if n not in names and foreign_forward(module)]
+        if other:
+            log.warning(
+                "all-linear leaves out %d layers, such as %r, a %s%s",
+                len(other), other[0], type(linear[other[0]]).__name__, _why(linear[other[0]]),
+            )  # fmt: skip
+        return names
     if isinstance(wanted, str):
         check_pattern(wanted, field)
         names = [name for name in modules if matches(wanted, name, field)]
@@ -104,6 +115,12 @@ def _select(
             )
     asked = set(wanted)
     return [name for name in modules if endings[name] & asked]
+
+
+def _why(layer: nn.Module) -> str:
+    """The reason why ``layer`` cannot hold an adapter, where it does not look like one."""
+    reason = foreign_forward(layer)
+    return f": {reason}" if reason else ""
 
 
 def _endings(name: str) -> Iterator[str]:

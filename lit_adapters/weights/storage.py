@@ -171,10 +171,48 @@ def is_lookup(layer: nn.Module) -> bool:
     return False
 
 
-def is_adaptable(layer: nn.Module) -> bool:
+# Classes of transformers that override `forward` and compute what those of torch do.
+SAME_FORWARD = {"FalconLinear"}
+
+
+def foreign_forward(layer: nn.Module) -> str | None:
+    """Say so if ``layer`` is of a known kind but computes something of its own from its weight.
+
+    Scaled and causal layers do, beside which a low-rank product would stand for something else.
+    Registering such a class with `matrix_shape` says that it computes what its parent does.
+    """
+    kinds: list[Any] = list(type(layer).__mro__)
+    if matrix_shape.dispatch(kinds[0]) is matrix_shape.dispatch(object):
+        return None
+    place = next(i for i, kind in enumerate(kinds) if "forward" in vars(kind))
+    owner, parents = kinds[place], kinds[place + 1 :]
+    is_registered = not matrix_shape.registry.keys().isdisjoint(kinds[: place + 1]) or (
+        # by name, as those of bitsandbytes
+        matrix_shape.dispatch(owner) is not matrix_shape.dispatch(owner.__base__)
+    )
+    from_transformers = owner.__module__.partition(".")[0] == "transformers"
+    is_scaled_table = isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")
+    if is_registered or (from_transformers and (is_scaled_table or owner.__name__ in SAME_FORWARD)):
+        return None
+    kind, parent = (
+        cls.__name__ for cls in (kinds[0], next(p for p in parents if issubclass(p, nn.Module)))
+    )
+    return (
+        f"its class has a forward of its own. If that computes what a {parent} does, say so with "
+        f"`weights.matrix_shape.register({kind}, weights.matrix_shape.dispatch({parent}))` of "
+        "lit_adapters"
+    )
+
+
+def has_matrix(layer: nn.Module) -> bool:
     """Whether some storage is registered for the type of ``layer``, and hooks on it ever run."""
     is_known = matrix_shape.dispatch(type(layer)) is not matrix_shape.dispatch(object)
     is_called = not isinstance(layer, NonDynamicallyQuantizableLinear)
     # Weights that are computed at each call (weight_norm), and tables that calls write to.
     is_plain = "weight" in layer._parameters and getattr(layer, "max_norm", None) is None
     return is_known and is_called and is_plain
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether a low-rank product beside ``layer`` stands for a change of its matrix."""
+    return has_matrix(layer) and foreign_forward(layer) is None
