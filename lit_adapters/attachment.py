@@ -218,12 +218,17 @@ def merge(model: Model, untie: bool = False) -> Model:
         ValueError: if a weight is shared with a module outside the adapter (a tied output head),
             which merging would change too, and is not to be untied; if the method cannot be merged
             (prompts), or the model holds no adapter. Nothing is then merged.
+
+    Should anything else stop it midway (memory, Ctrl-C), every layer is whole: it has its adapter
+    or the merged weight. The model computes the same as before, and `merge` goes on there.
     """
     adapted = list(adapted_layers(model))
     if not adapted:
         raise ValueError("the model holds no adapters, so there is nothing to merge")
     _check_removable(adapted)
-    for name, layer, _ in adapted:
+    for name, layer, adapter in adapted:
+        if type(adapter).merge_into is Adapter.merge_into:
+            adapter.merge_into(layer)  # which refuses
         if not is_plain(layer):
             raise ValueError(
                 f"{name!r} is quantised ({type(layer).__name__}), and rounding a merged weight to "
@@ -240,12 +245,26 @@ def merge(model: Model, untie: bool = False) -> Model:
                 f"{name!r} a weight of its own"
             )
         _untie(layer, key, model)
-    with torch.no_grad():
-        for _, layer, adapter in adapted:
-            adapter.merge_into(layer)
-    for _, layer, _ in adapted:
-        _remove(layer)
+    for layer in {id(layer): layer for _, layer, _ in adapted}.values():
+        _merge_layer(layer)
     return model
+
+
+@torch.no_grad()
+def _merge_layer(layer: nn.Module) -> None:
+    """Merge all adapters of one layer and remove them, or leave it as it is."""
+    held = list(adapters_of(layer))
+    tensors = {**layer._parameters, **layer._buffers}
+    written = [tensors.get(key) for adapter in held for key in adapter.overwrites()]
+    before = [(tensor, tensor.detach().clone()) for tensor in written if tensor is not None]
+    try:
+        for adapter in held:
+            adapter.merge_into(layer)
+    except BaseException:
+        for tensor, value in before:
+            tensor.data.copy_(value)
+        raise
+    _remove(layer)
 
 
 def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -257,15 +276,12 @@ def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: naming the adapted layers whose adapter never ran.
     """
-    silent = {  # a layer that is trained itself cannot be bypassed
-        name: adapter
-        for name, layer, adapter in adapted_layers(model)
-        if not adapter.trained(layer)
-    }
+    # A layer that is trained itself cannot be bypassed.
+    silent = [one for one in adapted_layers(model) if not one.adapter.trained(one.layer)]
     fired: set[int] = set()
     handles = [
         adapter.register_forward_hook(lambda module, *_: fired.add(id(module)))
-        for adapter in silent.values()
+        for *_, adapter in silent
     ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -274,13 +290,16 @@ def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    missed = [name for name, adapter in silent.items() if id(adapter) not in fired]
+    missed = [one for one in silent if id(one.adapter) not in fired]
     if missed:
+        names = list(dict.fromkeys(one.name for one in missed))
+        remedies = dict.fromkeys(one.adapter.spec.remedy for one in missed)
         raise RuntimeError(
             f"{len(missed)} of {len(silent)} adapters never ran in a forward pass: "
-            f"{', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}. The model uses these "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. The model uses these "
             "layers' weights without calling the layers (a fused kernel, a custom head?), or not "
-            "at all; switch that off or leave them out with `exclude`"
+            "at all (experts of a mixture that this batch sends no token to?); switch that off, "
+            f"take a batch of more tokens, or {' and '.join(remedies)}"
         )
 
 

@@ -339,6 +339,28 @@ def test_a_bypassed_adapter_is_named(way):
     assert not re.search(r"\bcalled\b", message.split("without calling")[0])
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice", "not_this"),
+    [
+        ({}, "`exclude`", "modules_to_save"),
+        ({"targets": ["called"], "modules_to_save": ["fused"]}, "`modules_to_save`", "exclude"),
+        ({"targets": ["called"], "bias": "all"}, "(`bias`)", "exclude"),
+        ({"bias": "adapter"}, "`exclude` and train fewer biases", "modules_to_save"),
+    ],
+)
+def test_the_advice_fits_what_was_bypassed(settings, advice, not_this):
+    model = Bypass("never")
+    attach(model, LoRA(rank=2, **settings))
+    message = refused(
+        lambda: check_adapters_fire(model, {"x": torch.randn(2, 8)}),
+        ": fused. ",
+        "experts of a mixture",
+        advice,
+        kind=RuntimeError,
+    )
+    assert not_this not in message
+
+
 def test_adapters_that_all_fire_pass():
     model = Bypass("called")
     attach(model, LoRA(rank=2))

@@ -200,6 +200,7 @@ class Part(ABC):
     """
 
     field: ClassVar[str] = "targets"  # what messages call the setting that names the layers
+    remedy: ClassVar[str] = "leave them out with `exclude`"  # where layers cannot hold it
 
     targets: str | list[str] | tuple[str, ...]  # a tuple is of whole names
     exclude: str | list[str] | None

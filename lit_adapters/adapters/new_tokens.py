@@ -28,6 +28,8 @@ class NewTokens(Part):
         targets: Dotted names of embedding and head.
     """
 
+    remedy: ClassVar[str] = "leave out `new_tokens`"
+
     tokens: tuple[str | int, ...]
     ids: tuple[int, ...]
     targets: tuple[str, ...]

@@ -34,6 +34,7 @@ class WholeModules(Part):
     """
 
     field: ClassVar[str] = "modules_to_save"
+    remedy: ClassVar[str] = "take them out of `modules_to_save`"
 
     targets: list[str]
     exclude: None = None
@@ -109,6 +110,7 @@ class Biases(Part):
     """
 
     field: ClassVar[str] = "bias"
+    remedy: ClassVar[str] = "train fewer biases (`bias`)"
 
     targets: tuple[str, ...]
     adapted: frozenset[str] = frozenset()
