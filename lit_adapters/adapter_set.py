@@ -117,7 +117,8 @@ class AdapterSet:
         parts: dict[str, list[tuple[float, Adapted]]] = {}
         for other, weight in weights.items():
             self._check_known(other)
-            if not isinstance(weight, int | float) or not math.isfinite(weight):
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not is_number or not math.isfinite(weight):
                 raise ValueError(f"the weight of {other!r} must be a finite number, got {weight!r}")
             for one in self._adapters[other]:
                 if type(one.adapter) is not LoRAAdapter:
@@ -142,7 +143,8 @@ class AdapterSet:
     def merge(self) -> None:
         """Fold the active adapter into the base, at full speed and for a while; see `unmerge`.
 
-        What is overwritten is kept: as many bytes as the adapted layers have.
+        What is overwritten is kept: as many bytes as the adapted layers have. If merging fails, it
+        is written back at once.
         """
         self._check_free()
         if self.active is None:
@@ -153,17 +155,21 @@ class AdapterSet:
             for key in sorted(adapter.overwrites())
             if layer._parameters.get(key) is not None or key in layer._buffers
         ]
-        merge(self.model)
+        try:
+            merge(self.model)
+        except BaseException:
+            _write_back(kept)
+            unmount(self.model)  # of the layers that were not reached
+            self._mount(self.active)
+            raise
         self._overwritten = kept
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge` to the bit: write back what it overwrote, and put the adapter on again."""
         if self._overwritten is None or self.active is None:
             raise ValueError("nothing is merged")
         self._check_mine()
-        for layer, key, value in self._overwritten:
-            _tensor(layer, key).data.copy_(value)
+        _write_back(self._overwritten)
         self._overwritten = None
         self._mount(self.active)
 
@@ -199,6 +205,17 @@ class AdapterSet:
                     f"{module!r} is not the module any more that {name!r} was made for; it was "
                     "replaced (by resizing embeddings?), and the adapter would act on nothing"
                 )
+        self._check_kept(name)
+
+    def _check_kept(self, name: str) -> None:
+        """Make sure that what waits does not lose its values when it follows the model."""
+        for _, layer, adapter in self._adapters[name]:
+            has_values = any(not parameter.is_meta for parameter in adapter.parameters())
+            if has_values and any(parameter.is_meta for parameter in layer.parameters()):
+                raise ValueError(
+                    f"the model is on the meta device, without values, and {name!r} would follow "
+                    "it there and lose its own; give the model values first (load the base)"
+                )
 
     def _check_free(self) -> None:
         """Make sure that what is on the model can be taken off and put back."""
@@ -220,6 +237,12 @@ class _Overwritten(NamedTuple):
     layer: nn.Module
     key: str
     value: Tensor
+
+
+@torch.no_grad()
+def _write_back(kept: list[_Overwritten]) -> None:
+    for layer, key, value in kept:
+        _tensor(layer, key).data.copy_(value)
 
 
 def _tensor(layer: nn.Module, key: str) -> Tensor:

@@ -414,7 +414,9 @@ def test_the_base_changes_dtype_while_an_adapter_waits(kind, dtype):
 
 
 @every_kind
-def test_an_adapter_follows_to_another_device_when_it_is_activated(kind):
+def test_an_adapter_follows_to_another_device_when_it_is_activated(kind, monkeypatch):
+    # Every machine has that device, and else it is refused for want of values.
+    monkeypatch.setattr(AdapterSet, "_check_kept", lambda self, name: None)
     adapters = together(kind, "lora" if kind != "lora" else "dora")
     waiting = values(adapters, kind)
     adapters.model.to("meta")
@@ -638,13 +640,33 @@ def test_a_config_that_cannot_be_is_named(change, tmp_path):
     assert everything(adapters) == before
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, "much"])
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "much", True])
 def test_weights_that_are_no_finite_numbers_are_refused(weight):
     adapters = together("dora", "lora")
     before = everything(adapters)
-    with pytest.raises(ValueError, match="'lora'.*(nan|inf|much)"):
+    with pytest.raises(ValueError, match="'lora'.*(nan|inf|much|True)"):
         adapters.combine("new", {"lora": weight})
     assert everything(adapters) == before
+
+
+@pytest.mark.parametrize("waiting", ["lora", "head", "rows"])
+@pytest.mark.parametrize("way", ["activate", "save", "combine"])
+def test_what_waits_is_not_lost_to_a_model_without_values(waiting, way, tmp_path):
+    adapters = together(waiting, "dora")
+    values = [p for one in adapters._adapters[waiting] for p in one.adapter.parameters()]
+    before = [value.clone() for value in values]
+    adapters.model.to("meta")
+    act = {
+        "activate": lambda: adapters.activate(waiting),
+        "save": lambda: adapters.save(waiting, tmp_path / "adapter"),
+        "combine": lambda: adapters.combine("sum", {waiting: 1.0}),
+    }[way]
+    with pytest.raises(ValueError, match=f"meta device.*'{waiting}' would follow"):
+        act()
+    assert adapters.active == "dora"
+    now = [p for one in adapters._adapters[waiting] for p in one.adapter.parameters()]
+    assert len(now) == len(before) > 0
+    assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
 
 
 BEHIND = {
