@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,23 +38,22 @@ class Blocks:
     """Stands in for the mask of a packed row: where its sequences are and what is seen in them.
 
     Args:
-        lengths: Tokens of each sequence, in order.
+        runs: How many sequences of the same length follow each other, that length, and what they
+            see, (1, 1, length, length) as the implementation wants it; None if that is plainly
+            causal and the implementation can say so.
         window: Every token sees itself and the ``window - 1`` tokens before it; None where
             something else is seen.
-        masks: For each sequence (1, 1, length, length), as the implementation wants it; None if it
-            is plainly causal and the implementation can say so.
         starts: (sequences + 1,) int32 on the row's device, where each begins, and the row's end.
     """
 
-    lengths: list[int]
+    runs: list[tuple[int, int, Tensor | None]]
     window: int | None
-    masks: list[Tensor | None]
     starts: Tensor
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(self.lengths)
+        return max(length for _, length, _ in self.runs)
 
 
 def blocks_or_mask(whole: Callable[..., Any], additive: bool, **asked: Any) -> Any:
@@ -115,8 +115,12 @@ def _blocks(
         hidden = torch.finfo(dtype).min
         return torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, hidden)
 
-    masks = [mask(*block) for block in zip(starts[:-1].tolist(), lengths, strict=True)]
-    return Blocks(lengths, window, masks, starts.to(torch.int32))
+    runs, start = [], 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        runs.append((count, length, mask(start, length)))
+        start += count * length
+    return Blocks(runs, window, starts.to(torch.int32))
 
 
 def _window(
@@ -165,13 +169,14 @@ def blockwise(
         return attend(module, query, key, value, attention_mask, **options)
     if _has_kernel(query, attention_mask, attend, options):
         return _all_at_once(query, key, value, attention_mask, options), None
-    parts = zip(
-        *(tensor.split(attention_mask.lengths, 2) for tensor in (query, key, value)),
-        attention_mask.masks,
-        strict=True,
-    )
-    outputs = [attend(module, *part, **options)[0] for part in parts]
-    return torch.cat(outputs, 1), None
+    sizes = [count * length for count, length, _ in attention_mask.runs]
+    rows = zip(*(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for (count, length, mask), row in zip(attention_mask.runs, rows, strict=True):
+        # A view: (heads, tokens, head_dim) as (sequences, heads, length, head_dim)
+        stacked = (part.unflatten(1, (count, length)).transpose(0, 1) for part in row)
+        outputs.append(attend(module, *stacked, mask, **options)[0].flatten(0, 1))
+    return torch.cat(outputs)[None], None
 
 
 @cache

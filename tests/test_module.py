@@ -370,6 +370,7 @@ def test_gradient_checkpointing_changes_memory_and_no_number(tmp_path, build, pr
             gradient_checkpointing=checkpointing,
         )
         module.configure_model()
+        calls.clear()
         torch.manual_seed(3)
         batches = in_batches(examples(8), 2)
         trainer = fit(tmp_path, module, batches, precision=precision)

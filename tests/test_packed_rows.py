@@ -107,7 +107,7 @@ def off_by(mine, theirs):
 
 def adapted(name, spec=None):
     model = MODELS[name]()
-    attach(model, spec or LoRA(rank=2, targets="all-linear"))
+    attach(model, spec or LoRA(rank=2, alpha=4, targets="all-linear"))
     return shake(model).train()
 
 
@@ -276,7 +276,7 @@ def test_a_planted_leak_is_found_by_the_check(monkeypatch):
 
     def leaking(additive, **asked):
         found = real(additive, **asked)
-        return found and Blocks([sum(found.lengths)], 99, [None], found.starts)
+        return found and Blocks([(1, asked["q_length"], None)], 99, found.starts)
 
     real = blockwise._blocks
     monkeypatch.setattr(blockwise, "_blocks", leaking)
