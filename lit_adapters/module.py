@@ -1,6 +1,6 @@
 """The LightningModule: one causal language model, one adapter, one loss."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -10,15 +10,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torchmetrics import SumMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
+from lit_adapters.evaluation import EvaluationSums
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
-from lit_adapters.generation import answer
+from lit_adapters.generation import answer, generate
 from lit_adapters.guards import (
     PATIENCE,
     check_gradients,
@@ -54,6 +54,7 @@ from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
 
 Batch = Mapping[str, Any]
+Row = dict[str, Any]
 
 # What the model reads of a batch: a padded one has a mask, a packed one positions.
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -141,7 +142,7 @@ class AdapterFineTuneModule(LightningModule):
         self._move_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
-        self.evaluated = nn.ModuleDict({name: SumMetric() for name in ("nll", "tokens", "correct")})
+        self.evaluated = EvaluationSums()
         # Adapter-only checkpoints leave the base out on purpose; `check_trained` is the strict one.
         self.strict_loading = False
         # Plain types only: a checkpoint is then readable with weights_only=True.
@@ -356,44 +357,56 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget an evaluation that was broken off."""
-        with torch.inference_mode(False):
-            for metric in self.evaluated.values():
-                cast(SumMetric, metric).reset()
+        self.evaluated = EvaluationSums()
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the sums."""
-        for name, value in self.token_loss(batch, count_correct=True)._asdict().items():
-            cast(SumMetric, self.evaluated[name]).update(value)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add one batch to the sums of its loader."""
+        self.evaluated.add(self.token_loss(batch, count_correct=True), dataloader_idx)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and token accuracy over all tokens of all ranks."""
-        self._log_evaluation("val")
+        trainer = self.trainer
+        self._log_evaluation("val", trainer.val_dataloaders, len(trainer.num_val_batches))
 
     def on_test_epoch_end(self) -> None:
         """Log loss, perplexity and token accuracy over all tokens of all ranks."""
-        self._log_evaluation("test")
+        trainer = self.trainer
+        self._log_evaluation("test", trainer.test_dataloaders, len(trainer.num_test_batches))
 
-    def _log_evaluation(self, stage: str) -> None:
-        metrics = [cast(SumMetric, metric) for metric in self.evaluated.values()]
-        nll, tokens, correct = (metric.compute() for metric in metrics)
-        self.on_validation_epoch_start()
-        if tokens == 0:
+    def _log_evaluation(self, stage: str, loaders: Any, count: int) -> None:
+        """Log over all loaders; if they are several in a dictionary, over each by its name too."""
+        sums = self.evaluated.close(self.trainer.strategy.reduce, count)
+        if sums[0].tokens == 0:
             raise RuntimeError(
                 f"no token of the {stage} split is trained on: every label of its batches is "
                 "-100; look at batch['labels']"
             )
-        loss = nll / tokens
-        self.log(f"{stage}/loss", loss, prog_bar=True)
-        self.log(f"{stage}/perplexity", loss.exp())
-        self.log(f"{stage}/token_accuracy", correct / tokens)
+        named = ["", *loaders] if isinstance(loaders, Mapping) and count > 1 else [""]
+        for source, (nll, tokens, correct) in zip(named, sums, strict=False):
+            if tokens == 0:  # of a source that limit_val_batches left out
+                continue
+            loss, suffix = nll / tokens, f"/{source}" if source else ""
+            self.log(f"{stage}/loss{suffix}", loss, prog_bar=not source)
+            self.log(f"{stage}/perplexity{suffix}", loss.exp())
+            self.log(f"{stage}/token_accuracy{suffix}", correct / tokens)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
-        """Answer the prompts of a batch; each result holds prompt, prediction and reference."""
-        return answer(self.model, self.tokenizer, batch, self.max_new_tokens)
+    def predict_step(self, batch: Batch | Sequence[Row], batch_idx: int) -> list[Row]:
+        """Answer the prompts of a batch; each result holds prompt, prediction and reference.
+
+        Args:
+            batch: Rows with a ``prompt``, which are returned with their ``prediction``; or labelled
+                tokens, whose prompts are what comes before the first trained token.
+            batch_idx: Its number.
+        """
+        if isinstance(batch, Mapping):
+            return cast(list[Row], answer(self.model, self.tokenizer, batch, self.max_new_tokens))
+        prompts = [row["prompt"] for row in batch]
+        answers = generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
+        return [{**row, "prediction": a} for row, a in zip(batch, answers, strict=True)]
 
     # --- checkpoints -----------------------------------------------------------------------------
 

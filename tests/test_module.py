@@ -833,3 +833,54 @@ def test_a_model_passed_in_gives_one_adapter_folder(tmp_path):
     names = {path.name for path in (tmp_path / "out" / "adapter").iterdir()}
     assert "adapter_config.json" in names
     assert not any(path.is_dir() for path in (tmp_path / "out" / "adapter").iterdir())
+
+
+# --- several sources -----------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_same_under_any_batching(tmp_path):
+    rows, found = examples(11), []
+    for size in (1, 3, 11):
+        (metrics,) = make_trainer(tmp_path).validate(make(), in_batches(rows, size), verbose=False)
+        found.append(metrics)
+    nll, tokens = sums(llama(), rows)
+    for metrics in found:
+        assert metrics["val/loss"] == pytest.approx(nll / tokens, rel=1e-6)
+        assert metrics["val/perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
+        assert metrics == pytest.approx(found[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_several_sources_are_evaluated_together_and_apart(tmp_path, stage):
+    rows = {"short": examples(3), "long": [row for row in examples(9) if len(row["labels"]) > 8]}
+    loaders = {source: in_batches(own, 2) for source, own in rows.items()}
+    trainer = make_trainer(tmp_path)
+    run = {"val": trainer.validate, "test": trainer.test}[stage]
+    found = run(make(), loaders, verbose=False)[0]
+    parts = {source: sums(llama(), own) for source, own in rows.items()}
+    nll, tokens = (sum(part[i] for part in parts.values()) for i in (0, 1))
+    assert found[f"{stage}/loss"] == pytest.approx(nll / tokens, rel=1e-6)
+    for source, (nll, tokens) in parts.items():
+        assert found[f"{stage}/loss/{source}"] == pytest.approx(nll / tokens, rel=1e-6)
+        assert found[f"{stage}/perplexity/{source}"] == pytest.approx(math.exp(nll / tokens))
+        assert 0 <= found[f"{stage}/token_accuracy/{source}"] <= 1
+    assert len(found) == 9
+
+
+def test_several_sources_are_evaluated_while_training(tmp_path):
+    loaders = {"a": in_batches(examples(3), 2), "b": in_batches(examples(5), 2)}
+    logged = fit(tmp_path, make(), in_batches(examples(4), 2), loaders).logger
+    assert len(logged["val/loss"]) == len(logged["val/loss/a"]) == len(logged["val/loss/b"]) == 1
+    assert logged["val/loss/a"] != logged["val/loss/b"]
+
+
+def test_loaders_without_names_and_a_single_one_are_evaluated_together(tmp_path):
+    rows = examples(5)
+    for loaders in (
+        [in_batches(rows[:2], 1), in_batches(rows[2:], 2)],
+        {"only": in_batches(rows, 2)},
+    ):
+        found = make_trainer(tmp_path).validate(make(), loaders, verbose=False)[0]
+        nll, tokens = sums(llama(), rows)
+        assert found["val/loss"] == pytest.approx(nll / tokens, rel=1e-6)
+        assert len(found) == 3

@@ -104,7 +104,7 @@ def test_queries_that_mean_the_same_give_the_same(query, reference):
         ("SELECT MAX(age) FROM t", "SELECT MIN(age) FROM t"),
         ("SELECT AVG(age) FROM t", "SELECT SUM(age) FROM t"),
         ("SELECT name FROM t ORDER BY age LIMIT 3", "SELECT name FROM t ORDER BY age DESC LIMIT 3"),
-        ("SELECT age FROM t ORDER BY age DESC LIMIT 4", "SELECT age FROM t ORDER BY age DESC LIMIT 3"),
+        ("SELECT age FROM t ORDER BY age LIMIT 4", "SELECT age FROM t ORDER BY age LIMIT 3"),
         ("SELECT name FROM t", "SELECT DISTINCT name FROM t WHERE status = 'a'"),
         (
             "SELECT name FROM t WHERE status = 'new' OR subject = 'art'",
