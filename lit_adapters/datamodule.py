@@ -1,6 +1,7 @@
 """Instruction data for a Lightning trainer, resumable in the middle of an epoch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,17 +19,25 @@ from lit_adapters.data import (
     FormatName,
     LengthReport,
     Overlong,
+    Prompting,
+    Records,
     SplitName,
     Splits,
     Tokens,
+    TrainOn,
     TrainOrder,
+    choose_format,
     complete_splits,
     is_hub_id,
     read_hub,
     read_splits,
     sequences,
+    shares,
+    source_names,
     to_examples,
     tokenise,
+    weights_of,
+    why,
 )
 
 Batching = Literal["auto", "packed", "padded"]
@@ -74,7 +83,7 @@ class InstructionDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str = "tiny",
+        path: str | list[str] | dict[str, float] = "tiny",
         format: FormatName = "auto",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         max_length: int = 512,
@@ -87,14 +96,21 @@ class InstructionDataModule(LightningDataModule):
         overlong: Overlong = "truncate",
         num_workers: int = 0,
         train_limit: int | None = None,
+        template: str = "auto",
+        task_prompt: str = "",
+        train_on: TrainOn = "all",
     ) -> None:
         """Settings only; nothing is read before it is needed.
 
         Args:
-            path: "tiny" (embedded tasks), a .json file (a list of objects) or .jsonl file, a
-                folder with train, validation and test files, or a hub id (owner/name or
-                owner/name:config).
-            format: How records are read. "auto" decides by the names of their fields.
+            path: "tiny" (embedded tasks), a file (.json, a list of objects; .jsonl, .csv, .tsv,
+                .parquet, .arrow), a folder with train, validation and test files of these kinds
+                or written by save_to_disk, or a hub id (owner/name or owner/name:config). A list
+                of several: all their records. A mapping of several to weights: each gives that
+                share of an epoch, which is as long as it takes for every record to come at least
+                once; records of the other sources are repeated. Weights are for training only.
+            format: How records are read. "auto" decides by the names of their fields, for each
+                source.
             tokenizer: A folder or hub id, or a tokenizer. None takes the model's.
             max_length: Tokens per example, prompt included.
             batch_size: Examples per device and batch.
@@ -113,7 +129,13 @@ class InstructionDataModule(LightningDataModule):
                 where the prompt alone is too long), truncate-prompt (the start of the prompt goes
                 before any of the response) or drop.
             num_workers: Processes that build batches; 0 builds them in the main process.
-            train_limit: Train on this many examples at most, the first ones.
+            train_limit: Train on this many records of each source at most, the first ones.
+            template: alpaca; chat, the tokenizer's own; none; the path of a .jinja file; or auto:
+                the tokenizer's own, if it has one, for conversations (messages, sharegpt), none
+                for prompt_completion and text, and Alpaca's for everything else.
+            task_prompt: A description of the task, put in front of every prompt: as the system's
+                turn of a chat, else as a paragraph.
+            train_on: all answers of a conversation, the last, or everything, prompts included.
         """
         super().__init__()
         if train_limit is not None and train_limit < 1:
@@ -138,16 +160,21 @@ class InstructionDataModule(LightningDataModule):
         self.overlong: Overlong = overlong
         self.num_workers = num_workers
         self.train_limit = train_limit
+        self.prompting = Prompting(template, task_prompt, train_on)
+        weights = weights_of(path)
+        self.sources = dict(zip(source_names(list(weights)), weights, strict=True))
         self.reports: dict[str, LengthReport] = {}
-        self._splits: Splits | None = None
+        self._splits: dict[str, Splits] | None = None
+        self._formats: dict[str, FormatName] = {}
         self._tokens: dict[str, list[Tokens]] = {}
         self._tokenised_with: PreTrainedTokenizerBase | None = None
         self._padding_explained = False
 
     def prepare_data(self) -> None:
         """Download a hub data set into the cache, once per machine."""
-        if is_hub_id(self.path):
-            read_hub(self.path)
+        for path in self.sources.values():
+            if is_hub_id(path):
+                read_hub(path)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what a stage needs and is not there yet; report lengths."""
@@ -155,8 +182,17 @@ class InstructionDataModule(LightningDataModule):
             self._tokenised(split)
 
     def examples(self, split: SplitName) -> list[Example]:
-        """Return the prompts and responses of a split; needs neither trainer nor tokenizer."""
-        return to_examples(self._records()[split], self.format, f"{self.path} ({split})")
+        """Return the prompts and responses of a split, source after source.
+
+        Needs a trainer or a tokenizer for conversations only.
+        """
+        found = []
+        for source, splits in self._records().items():
+            format = self._formats[source]
+            tokenizer = self._known_tokenizer()
+            with self._naming(split, source):
+                found += to_examples(splits[split], format, source, self.prompting, tokenizer)
+        return found
 
     def sequences(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Return the sequences of a packed or padded batch: `input_ids` and `labels`, 1-D."""
@@ -186,7 +222,7 @@ class InstructionDataModule(LightningDataModule):
         """Return the test batches of this device, in the order of the data."""
         if not self._tokenised("test"):
             raise ValueError(
-                f"{self.path} has neither a test nor a validation split and val_size is 0; "
+                f"{self._name} has neither a test nor a validation split and val_size is 0; "
                 "raise val_size, or add a split"
             )
         return self._eval_loader("test")
@@ -238,12 +274,36 @@ class InstructionDataModule(LightningDataModule):
         sharing = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         return {"rank": sharing.get("rank", 0), "devices": sharing.get("num_replicas", 1)}
 
-    def _records(self) -> Splits:
+    def _records(self) -> dict[str, Splits]:
+        """The records of each source; those of train as often as its weight says."""
         if self._splits is None:
-            splits = complete_splits(read_splits(self.path), self.val_size, self.seed)
-            splits["train"] = splits["train"][: self.train_limit]
-            self._splits = splits
+            found = {source: self._read(path) for source, path in self.sources.items()}
+            weights = weights_of(self.path).values()
+            sizes = [len(splits["train"]) for splits in found.values()]
+            chosen = shares(sizes, list(weights), self.seed)
+            for (source, splits), indices in zip(found.items(), chosen, strict=True):
+                before = len(splits["train"])
+                if len(indices) != before:
+                    rank_zero_info(
+                        f"{source}: each of {before} training records comes "
+                        f"{len(indices) / before:.2f} times an epoch"
+                    )
+                splits["train"] = splits["train"].take(indices)
+                self._formats[source] = self._format_of(splits["train"], self.sources[source])
+            self._splits = found
         return self._splits
+
+    def _read(self, path: str) -> Splits:
+        splits = complete_splits(read_splits(path), self.val_size, self.seed)
+        train = splits["train"]
+        splits["train"] = train.take(range(len(train))[: self.train_limit])
+        return splits
+
+    def _format_of(self, records: Records, path: str) -> FormatName:
+        name = choose_format(records, self.format, records.place(0))
+        if self.format == "auto":
+            rank_zero_info(f"{path}: format {name} ({why(name)})")
+        return name
 
     def _tokenised(self, split: SplitName) -> list[Tokens]:
         tokenizer = self._load_tokenizer()
@@ -252,14 +312,27 @@ class InstructionDataModule(LightningDataModule):
         if split not in self._tokens:
             tokens: list[Tokens] = []
             if examples := self.examples(split):
-                try:
+                with self._naming(split):
                     tokens, report = tokenise(examples, tokenizer, self.max_length, self.overlong)
-                except ValueError as error:
-                    raise ValueError(f"{self.path} ({split}): {error}") from error
                 self.reports[split] = report
-                rank_zero_info(f"{self.path} ({split}): {report}")
+                rank_zero_info(f"{self._name} ({split}): {report}")
             self._tokens[split] = tokens
         return self._tokens[split]
+
+    @property
+    def _name(self) -> str:
+        return ", ".join(self.sources.values())
+
+    @contextmanager
+    def _naming(self, split: SplitName, source: str | None = None) -> Iterator[None]:
+        """Let an error begin with the data it is about, unless it names its place already."""
+        name = self._name if source is None else self.sources[source]
+        try:
+            yield
+        except ValueError as error:
+            if name in str(error):
+                raise
+            raise ValueError(f"{name} ({split}): {error}") from error
 
     def _fitting(self, split: SplitName) -> list[Tokens]:
         """The tokens of a split, all within the context of the model, if it is known."""
@@ -268,7 +341,7 @@ class InstructionDataModule(LightningDataModule):
         context = self._context()
         if context is not None and longest > context:
             raise ValueError(
-                f"{self.path} ({split}): the longest example has {longest} tokens (max_length is "
+                f"{self._name} ({split}): the longest example has {longest} tokens (max_length is "
                 f"{self.max_length}), but the model reads {context} at most; set max_length to "
                 f"{context} or less"
             )
@@ -281,6 +354,13 @@ class InstructionDataModule(LightningDataModule):
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         limit = getattr(text, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
+
+    def _known_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, None where neither the settings nor a trainer give one."""
+        try:
+            return self._load_tokenizer()
+        except ValueError:
+            return None
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if isinstance(self.tokenizer, str):
@@ -310,14 +390,16 @@ class AlpacaDataModule(InstructionDataModule):
     """Instruction data whose records have `instruction`, `output` and perhaps `input`."""
 
     def __init__(
-        self, path: str = "tiny", format: Literal["alpaca"] = "alpaca", **settings: Any
+        self,
+        path: str | list[str] | dict[str, float] = "tiny",
+        format: Literal["alpaca"] = "alpaca",
+        **settings: Any,
     ) -> None:
         """Settings only; nothing is read before it is needed.
 
         Args:
-            path: "tiny" (embedded tasks), a .json file (a list of objects) or .jsonl file, a
-                folder with train, validation and test files, or a hub id (owner/name or
-                owner/name:config).
+            path: "tiny" (embedded tasks), a file, a folder, a hub id, or several of them, as for
+                InstructionDataModule.
             format: Always "alpaca".
             settings: The other arguments of InstructionDataModule.
         """

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from lit_adapters import AdapterFineTuneModule, LoRA
-from lit_adapters.data import Example, hold_out, read_splits, tokenise
+from lit_adapters.data import Example, Records, hold_out, read_splits, tokenise
 from lit_adapters.data.batches import EvalOrder
 from lit_adapters.datamodule import InstructionDataModule
 from tests.data.word_tokenizer import BOS, EOS, A, word_tokenizer
@@ -95,10 +95,10 @@ def test_a_file_of_nothing_is_empty(tmp_path, content, suffix):
         ("a.jsonl", LINES + '\n{"prompt": "a", "comp', ["line 21", "malformed JSON", "correct"]),
         ("a.jsonl", "x" * 3_000_000, ["line 1", "malformed JSON"]),
         ("a.jsonl", '"' + "x" * 3_000_000 + '"', ["line 1", "found str, expected an object"]),
-        ("a.jsonl", '{"prompt": "a", "completion": NaN}', ["record 1", "float", "string"]),
+        ("a.jsonl", '{"prompt": "a", "completion": NaN}', ["line 1", "float", "string"]),
         ("a.jsonl", '{"prompt": "a", "completion": ["b"]}', ["'completion' is list"]),
         ("a.jsonl", '{"prompt": "a", "completion": null}', ["'completion' is NoneType"]),
-        ("a.jsonl", LINES + '\n{"prompt": "a"}', ["record 21", "'completion' is missing", "add"]),
+        ("a.jsonl", LINES + '\n{"prompt": "a"}', ["line 21", "'completion' is missing", "add"]),
         (
             "a.jsonl",
             json.dumps({f"field {n}" + "x" * 100: n for n in range(10_000)}),
@@ -136,7 +136,7 @@ def test_without_the_package_for_the_hub_a_mistyped_name_is_still_explained(tmp_
 @pytest.mark.parametrize("val_size", [float("nan"), float("inf"), -float("inf")])
 def test_a_share_that_is_no_number_is_refused(val_size):
     with pytest.raises(ValueError, match=f"val_size {val_size} is neither a share"):
-        hold_out(RECORDS, val_size, seed=0)
+        hold_out(Records(RECORDS), val_size, seed=0)
 
 
 @pytest.mark.parametrize("size", [0, -3])

@@ -7,28 +7,66 @@ Nothing here executes code that came with the data.
 import difflib
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_adapters.data.encoding import decode
-from lit_adapters.data.formats import Record
+from lit_adapters.data.fields import Record
+from lit_adapters.data.tables import TABLES, read_csv, read_saved, read_table, was_saved
 
 SplitName = Literal["train", "validation", "test"]
-Splits = dict[SplitName, list[Record]]
+
+
+class Records(list[Record]):
+    """Records that know where they come from, to name the place in an error.
+
+    Args:
+        records: The records.
+        name: What errors call their file or data set.
+        places: The number of each, as a line of a text file or else as a record; counted if None.
+        unit: What those numbers count.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        name: str = "the data",
+        places: Sequence[int] | None = None,
+        unit: Literal["line", "record"] = "record",
+    ) -> None:
+        super().__init__(records)
+        self.name = name
+        self.places = range(1, len(self) + 1) if places is None else places
+        self.unit: Literal["line", "record"] = unit
+
+    def place(self, index: int) -> str:
+        """Return where a record stands, such as `data.jsonl, line 3`."""
+        return f"{self.name}, {self.unit} {self.places[index]}"
+
+    def take(self, indices: Sequence[int]) -> "Records":
+        """Return some of them, in the order of `indices`."""
+        places = [self.places[index] for index in indices]
+        return Records((self[index] for index in indices), self.name, places, self.unit)
+
+
+Splits = dict[SplitName, Records]
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-_SUFFIXES = (".json", ".jsonl")
+_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", *TABLES)
 _TINY = Path(__file__).parent.parent / "assets" / "tasks"
 _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?::[\w.-]+)?")
+_SHARD = r"-\d{5}-of-\d{5}"
 
 
 def read_splits(path: str) -> Splits:
     """Read every split of a source.
 
     Args:
-        path: "tiny" (the embedded tasks); a `.json` file (a list of objects) or a `.jsonl` file,
-            which is all train; a folder of `train`, `validation` and `test` files of these kinds,
-            the last two optional; or a hub id, `owner/name` or `owner/name:config`.
+        path: "tiny" (the embedded tasks); a file, which is all train: `.json` (a list of objects),
+            `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.arrow`; a folder of `train`, `validation` and
+            `test` files of these kinds, the last two optional; a folder that `save_to_disk` of the
+            package datasets wrote; or a hub id, `owner/name` or `owner/name:config`.
 
     Raises:
         FileNotFoundError: Nothing is found under `path`.
@@ -38,7 +76,7 @@ def read_splits(path: str) -> Splits:
         return read_hub(path)
     place = _TINY if path == "tiny" else Path(path).expanduser()
     if place.is_dir():
-        return read_folder(place)
+        return _named(read_saved(place), str(place)) if was_saved(place) else read_folder(place)
     return {"train": read_file(place)}
 
 
@@ -49,45 +87,72 @@ def is_hub_id(path: str) -> bool:
 
 
 def read_folder(folder: Path) -> Splits:
-    """Read the files of `folder` that are named after a split."""
+    """Read the files of `folder` that are named after a split, in one piece or in shards."""
     splits: Splits = {}
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     for split in SPLITS:
-        files = [file for suffix in _SUFFIXES if (file := folder / f"{split}{suffix}").is_file()]
-        if len(files) > 1:
-            raise ValueError(f"{folder} holds {split} twice, as .json and .jsonl; remove one")
-        if files:
-            splits[split] = read_file(files[0])
+        pattern = re.compile(rf"{split}(?:{_SHARD})?({'|'.join(map(re.escape, _SUFFIXES))})")
+        named = [file for file in files if pattern.fullmatch(file.name)]
+        whole = [file for file in named if file.stem == split]
+        if len(whole) > 1 or (whole and len(named) > 1):
+            also = ", ".join(file.name for file in named)
+            raise ValueError(f"{folder} holds {split} twice ({also}); remove one")
+        if named:
+            splits[split] = _joined([read_file(file) for file in named], folder)
     if "train" not in splits:
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
         raise FileNotFoundError(
-            f"{folder} has no train.jsonl or train.json (found: {found}); "
-            "rename a file to that, or give the path of the file itself"
+            f"{folder} has no train.jsonl or train.json (or .csv, .tsv, .parquet, .arrow; found: "
+            f"{found}); rename a file to that, or give the path of the file itself"
         )
     return splits
 
 
-def read_file(file: Path) -> list[Record]:
-    """Read one `.json` file (a list of objects) or one `.jsonl` file (one object per line)."""
+def _joined(parts: list[Records], folder: Path) -> Records:
+    if len(parts) == 1:
+        return parts[0]
+    return Records((record for part in parts for record in part), f"{folder} (shards)")
+
+
+def read_file(file: Path) -> Records:
+    """Read one file of records by its suffix."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; {_near_names(file)}")
     if file.suffix not in _SUFFIXES:
         raise ValueError(f"{file} has suffix {file.suffix!r}; expected {' or '.join(_SUFFIXES)}")
-    text = decode(file, file.read_bytes())
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty; expected at least one record")
+    if file.suffix in TABLES:
+        records = Records(read_table(file), str(file))
+    else:
+        records = _read_text(file, decode(file, file.read_bytes()))
+    if not records:
+        raise ValueError(f"{file} holds no records; expected at least one")
+    return records
+
+
+def _read_text(file: Path, text: str) -> Records:
     if not text.strip():
         raise ValueError(f"{file} is empty; expected at least one record")
-    return _parse_lines(file, text) if file.suffix == ".jsonl" else _parse_list(file, text)
+    if file.suffix == ".json":
+        return _parse_list(file, text)
+    if file.suffix == ".jsonl":
+        return _parse_lines(file, text)
+    lines, rows = read_csv(file, text)
+    return Records(rows, str(file), lines, "line")
 
 
-def _parse_lines(file: Path, text: str) -> list[Record]:
+def _parse_lines(file: Path, text: str) -> Records:
     lines = text.split("\n")  # not splitlines(): it also splits at U+2028, which JSON text may hold
-    return [
-        _object(_parse(file, line, number), f"{file}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    records = (
+        _object(_parse(file, lines[number - 1], number), f"{file}, line {number}")
+        for number in numbers
+    )
+    return Records(records, str(file), numbers, "line")
 
 
-def _parse_list(file: Path, text: str) -> list[Record]:
+def _parse_list(file: Path, text: str) -> Records:
     values = _parse(file, text)
     if not isinstance(values, list):
         hint = "one object per line is a .jsonl file" if isinstance(values, dict) else "wrap it"
@@ -96,7 +161,8 @@ def _parse_list(file: Path, text: str) -> list[Record]:
         )
     if not values:
         raise ValueError(f"{file} holds an empty list; expected at least one record")
-    return [_object(value, f"{file}, record {n}") for n, value in enumerate(values, start=1)]
+    records = (_object(value, f"{file}, record {n}") for n, value in enumerate(values, start=1))
+    return Records(records, str(file))
 
 
 def _parse(file: Path, text: str, line: int = 1) -> Any:
@@ -145,9 +211,15 @@ def read_hub(hub_id: str) -> Splits:
             f"{hub_id!r} is neither a local file or folder ({_near_names(Path(hub_id))}) "
             f"nor a data set the hub could give ({error})"
         ) from error
-    splits: Splits = {split: list(loaded[split]) for split in SPLITS if split in loaded}
+    return _named(loaded, hub_id)
+
+
+def _named(loaded: Mapping[str, Iterable[Record]], name: str) -> Splits:
+    splits: Splits = {
+        split: Records(loaded[split], f"{name} ({split})") for split in SPLITS if split in loaded
+    }
     if not splits.get("train"):
-        raise ValueError(f"{hub_id} has no records in a train split; its splits: {list(loaded)}")
+        raise ValueError(f"{name} has no records in a train split; its splits: {list(loaded)}")
     return splits
 
 

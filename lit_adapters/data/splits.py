@@ -1,12 +1,10 @@
 """Making up for the splits a source does not have."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 
-from lit_adapters.data.formats import Record
-from lit_adapters.data.records import Splits
+from lit_adapters.data.records import Records, Splits
 
 
 def complete_splits(splits: Splits, val_size: int | float, seed: int) -> Splits:
@@ -17,9 +15,7 @@ def complete_splits(splits: Splits, val_size: int | float, seed: int) -> Splits:
     return {"train": train, "validation": validation, "test": splits.get("test", validation)}
 
 
-def hold_out(
-    records: Sequence[Record], val_size: int | float, seed: int
-) -> tuple[list[Record], list[Record]]:
+def hold_out(records: Records, val_size: int | float, seed: int) -> tuple[Records, Records]:
     """Split records into (train, validation) by a seeded permutation; each keeps its order.
 
     Args:
@@ -43,5 +39,5 @@ def hold_out(
         )
     generator = torch.Generator().manual_seed(seed)
     held = set(torch.randperm(len(records), generator=generator)[:count].tolist())
-    train = [record for index, record in enumerate(records) if index not in held]
-    return train, [records[index] for index in sorted(held)]
+    train = [index for index in range(len(records)) if index not in held]
+    return records.take(train), records.take(sorted(held))

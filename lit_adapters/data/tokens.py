@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, get_args
 
-from lit_adapters.data.formats import Example
+from lit_adapters.data.examples import Example
 
 IGNORED = -100
 """The label of a token that is read but not trained on."""
@@ -23,11 +23,18 @@ class Tokenizer(Protocol):
         """Return a mapping with `input_ids`: a list of ids, or one list per text."""
 
 
-class Tokens(TypedDict):
-    """One tokenised example; both lists have the same length."""
-
+class _Tokens(TypedDict):
     input_ids: list[int]
     labels: list[int]
+
+
+class Tokens(_Tokens, total=False):
+    """One tokenised example; both lists have the same length.
+
+    `source` is there if there are several sources.
+    """
+
+    source: str
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def tokenise(
         raise ValueError("there are no examples to tokenise; expected at least one")
     before = leading_ids(tokenizer)
     whole = _encode(examples, tokenizer, before)
-    kept, truncated = _fit(whole, max_length, overlong, len(before))
+    kept, truncated = _fit(whole, max_length, overlong, before)
     report = _report(whole, kept, truncated, max_length)
     if not kept:
         cut = "let overlong='truncate-prompt' cut prompts, or " if overlong == "truncate" else ""
@@ -124,60 +131,124 @@ def trained_tokens(labels: Sequence[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def _encode(examples: Sequence[Example], tokenizer: Tokenizer, before: list[int]) -> list[Tokens]:
+def prompt_ids(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the prompts as training sees them: what generation must start from."""
+    prompts = _prompts(examples, tokenizer, leading_ids(tokenizer))
+    return [_ids_of(pieces) for pieces in prompts]
+
+
+Piece = tuple[list[int], bool]  # ids, and whether they are trained on
+
+
+class _Whole(NamedTuple):
+    """An example before it is cut: its tokens, and how many of them are its prompt."""
+
+    tokens: Tokens
+    prompt: int
+
+
+def _encode(examples: Sequence[Example], tokenizer: Tokenizer, before: list[int]) -> list[_Whole]:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so the model would never "
             "learn to stop; set tokenizer.eos_token to a token of its vocabulary"
         )
+    prompts = _prompts(examples, tokenizer, before)
+    plain = [example for example in examples if example.end is None]
+    answers = iter(_ids(tokenizer, [example.response for example in plain]))
+    whole = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        if example.end is None:
+            pieces = [*prompt, ([*next(answers), eos], True)]
+        else:
+            pieces = _continued(tokenizer, example)
+        labels = [token if trained else IGNORED for ids, trained in pieces for token in ids]
+        tokens = Tokens(input_ids=_ids_of(pieces), labels=labels)
+        if example.source:
+            tokens["source"] = example.source
+        whole.append(_Whole(tokens, len(_ids_of(prompt))))
+    return whole
+
+
+def _ids_of(pieces: Sequence[Piece]) -> list[int]:
+    return [token for ids, _ in pieces for token in ids]
+
+
+def _prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, before: list[int]
+) -> list[list[Piece]]:
+    texts = iter(_ids(tokenizer, [e.prompt for e in examples if not e.trained]))
+    prompts: list[list[Piece]] = []
+    for example in examples:
+        prompt = replace(example, response="", end=None if example.end is None else "")
+        pieces = _continued(tokenizer, prompt) if example.trained else [(next(texts), False)]
+        # A prompt may spell BOS out: never two of them. A chat template writes its own, or none.
+        head = pieces[0][0] if pieces else []
+        if example.end is None and head[: len(before)] != before:
+            pieces = [(before, False), *pieces]
+        prompts.append(pieces)
+    return prompts
+
+
+def _continued(tokenizer: Tokenizer, example: Example) -> list[Piece]:
+    """Tokenise the pieces of a text so that each piece leaves the ids before it as they are.
+
+    Where the ids of a text begin with those of its beginning, it is tokenised as one: a tokenizer
+    may treat the start of a text as the start of a word. Elsewhere a token would span the border
+    of what is trained, or the prompt would not be that of generation: then piece by piece.
+    """
+    pieces: list[Piece] = []
+    text = ""
+    before: list[int] = []
+    for segment, trained in example.segments():
+        text += segment
+        joined, alone = _ids(tokenizer, [text, segment])
+        ids = joined[len(before) :] if joined[: len(before)] == before else alone
+        before = before + ids
+        pieces.append((ids, trained))
+    return pieces
+
+
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
     # verbose=False: "longer than the model's maximum" is noise here, max_length comes after
-    options = {"add_special_tokens": False, "verbose": False}
-    prompts = tokenizer([example.prompt for example in examples], **options)["input_ids"]
-    responses = tokenizer([example.response for example in examples], **options)["input_ids"]
-    return [
-        _join(before, prompt, [*response, eos])
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-
-
-def _join(before: list[int], prompt: list[int], response: list[int]) -> Tokens:
-    if prompt[: len(before)] != before:  # a prompt may spell BOS out: never two of them
-        prompt = before + prompt
-    return Tokens(input_ids=prompt + response, labels=[IGNORED] * len(prompt) + response)
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _fit(
-    whole: list[Tokens], max_length: int, overlong: Overlong, lead: int
+    whole: list[_Whole], max_length: int, overlong: Overlong, before: list[int]
 ) -> tuple[list[Tokens], int]:
     """Return the examples that fit or were made to, and how many were truncated.
 
-    `lead` tokens at the start of a prompt are never cut.
+    What the tokenizer puts before a text is never cut.
     """
-    kept, truncated = [], 0
-    for tokens in whole:
+    kept: list[Tokens] = []
+    truncated = 0
+    for tokens, prompt in whole:
         ids, labels = tokens["input_ids"], tokens["labels"]
         excess = len(ids) - max_length
         too_long = excess > 0
         if too_long and overlong == "truncate-prompt":
-            cut = min(excess, _prompt_tokens(tokens) - lead)
+            lead = len(before) if ids[: len(before)] == before else 0
+            cut = min(excess, prompt - lead)
             ids, labels = ids[:lead] + ids[lead + cut :], labels[:lead] + labels[lead + cut :]
         ids, labels = ids[:max_length], labels[:max_length]
         if (too_long and overlong == "drop") or not trained_tokens(labels):
             continue
-        kept.append(Tokens(input_ids=ids, labels=labels))
+        fitting = tokens.copy()
+        fitting["input_ids"], fitting["labels"] = ids, labels
+        kept.append(fitting)
         truncated += too_long
     return kept, truncated
 
 
-def _prompt_tokens(tokens: Tokens) -> int:
-    return tokens["labels"].count(IGNORED)
-
-
 def _report(
-    whole: list[Tokens], kept: list[Tokens], truncated: int, max_length: int
+    whole: list[_Whole], kept: list[Tokens], truncated: int, max_length: int
 ) -> LengthReport:
-    lengths = sorted(len(tokens["input_ids"]) for tokens in whole)
+    lengths = sorted(len(tokens["input_ids"]) for tokens, _ in whole)
     p10, p50, p90 = (lengths[math.ceil(share * len(lengths)) - 1] for share in (0.1, 0.5, 0.9))
     total = sum(len(tokens["input_ids"]) for tokens in kept)
     trained = sum(trained_tokens(tokens["labels"]) for tokens in kept)
@@ -192,5 +263,5 @@ def _report(
         p90=p90,
         longest=lengths[-1],
         trained_share=trained / total if total else 0.0,
-        long_prompts=sum(_prompt_tokens(tokens) >= max_length for tokens in whole),
+        long_prompts=sum(prompt >= max_length for _, prompt in whole),
     )

@@ -1,6 +1,6 @@
 import pytest
 
-from lit_adapters.data import Example, alpaca_prompt, to_examples
+from lit_adapters.data import Example, Records, alpaca_prompt, to_examples
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3", "task": "sum"}
 
@@ -48,11 +48,11 @@ def test_nothing_to_format():
 )
 def test_a_bad_record_is_named(record, message):
     with pytest.raises(ValueError, match=f"pets.json.*{message}"):
-        to_examples([ALPACA, record], source="pets.json")
+        to_examples(Records([ALPACA, record], "pets.json"))
 
 
 def test_unknown_fields_and_formats_are_errors_that_list_the_known():
-    with pytest.raises(ValueError, match=r"record 1 \('text'\).*alpaca: instruction \+ output"):
-        to_examples([{"text": "a"}])
-    with pytest.raises(ValueError, match="'sharegpt' is unknown; use one of: auto, alpaca"):
-        to_examples([ALPACA], "sharegpt")
+    with pytest.raises(ValueError, match=r"record 1: .*\('txt'\).*alpaca: instruction \+ output"):
+        to_examples([{"txt": "a"}])
+    with pytest.raises(ValueError, match="'share' is unknown; use one of: auto, alpaca"):
+        to_examples([ALPACA], "share")

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lit_adapters.data import complete_splits, hold_out, is_hub_id, read_splits
+from lit_adapters.data import Records, complete_splits, hold_out, is_hub_id, read_splits
 
-RECORDS = [{"instruction": f"number {i}", "output": str(i)} for i in range(20)]
+RECORDS = Records({"instruction": f"number {i}", "output": str(i)} for i in range(20))
 LINES = "\n".join(map(json.dumps, RECORDS))
 
 
@@ -50,7 +50,7 @@ def test_the_embedded_data_has_every_split():
         ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2: found list, expected an object"),
         ("a.jsonl", b'[\n{"a": 1}\n]', r"line 1: malformed JSON.*one list \(.json\)"),
         ("a.jsonl", b'{"a": "\xff"}', r"not UTF-8 \(byte 7\); convert it"),
-        ("a.csv", b"a,b", "suffix '.csv'; expected .json or .jsonl"),
+        ("a.txt", b"a,b", "suffix '.txt'; expected .json or .jsonl or .csv"),
     ],
 )
 def test_a_bad_file_is_an_error_that_says_where(tmp_path, name, content, message):
@@ -73,7 +73,7 @@ def test_a_missing_file_lists_near_names(tmp_path):
 
 def test_a_folder_needs_train_and_each_split_once(tmp_path):
     (tmp_path / "tests.json").write_text("[]")
-    with pytest.raises(FileNotFoundError, match=r"no train.jsonl or train.json \(found: tests"):
+    with pytest.raises(FileNotFoundError, match=r"no train.jsonl or train.json .*found: tests"):
         read_splits(str(tmp_path))
     for suffix in ("json", "jsonl"):
         (tmp_path / f"train.{suffix}").write_text(LINES)
