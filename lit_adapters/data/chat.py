@@ -59,11 +59,11 @@ class ChatTemplate:
         own: str = tokenizer.get_chat_template() if template is None else template
         self.marked = bool(_MARKERS.search(own))
         self.template = _MARKERS.sub(_visible, own)
-        tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
-        tokens = {token for token in tokens if token.strip()}
-        either = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
-        self._token = re.compile(either or r"(?!)")
-        self._ending = re.compile(rf"(?:\s*(?:{either}))+\Z" if either else r"(?!)")
+        special = _one_of(tokenizer.all_special_tokens)
+        either = _one_of([*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens])
+        self._special = re.compile(special)
+        self._token = re.compile(either)
+        self._ending = re.compile(rf"(?:\s*(?:{either}))+\Z")
         self._said: set[str] = set()
         self._takes_system: bool | None = None
 
@@ -175,6 +175,11 @@ class ChatTemplate:
 
     def _check_complete(self, messages: Sequence[Message], text: str) -> None:
         for number, message in enumerate(messages, start=1):
+            if spelt := self._special.search(str(message["content"])):
+                self._say(
+                    f"turn {number} ({message['role']}) spells the special token {spelt[0]!r} in "
+                    "its text, and the model reads it as that token; there may be more such turns"
+                )
             said = message["role"] in ("system", "user")
             if said and message["content"].strip() not in text:
                 raise ValueError(
@@ -302,6 +307,12 @@ class ChatTemplate:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _one_of(tokens: Sequence[str]) -> str:
+    """Return the pattern of any of these tokens, those of white space left out."""
+    longest_first = sorted({t for t in tokens if t.strip()}, key=len, reverse=True)
+    return "|".join(map(re.escape, longest_first)) or r"(?!)"
 
 
 def _visible(match: re.Match[str]) -> str:

@@ -16,7 +16,7 @@ def weights_of(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, flo
     """
     if isinstance(path, str):
         return {path: None}
-    twice = [name for name, count in Counter(path).items() if count > 1]
+    twice = [name for name, count in Counter(list(path)).items() if count > 1]
     if twice or not path:
         found = f"lists {twice[0]} twice" if twice else "names no source"
         raise ValueError(f"path {found}; name each once (weights: {{a.jsonl: 3, b.jsonl: 1}})")
