@@ -16,6 +16,10 @@ train and evaluate (a LightningCLI: --config FILE, any number, later ones win; t
   test       the same on the test split, and exact matches of generated answers
   predict    answer the test split into predictions.jsonl
 
+look at the data
+  data       data preview --config FILE: the first records as the model sees them, what is
+             trained on in colour, and their lengths; --records N, --split NAME, --json
+
 use an adapter folder
   generate   answer a prompt, a file of prompts, or what you type
   merge      fold an adapter into its base: a stock Hugging Face model folder
@@ -29,6 +33,7 @@ Exit status: 0 done, 1 error, 2 wrong usage, 130 Ctrl-C (SIGINT), 143 SIGTERM.
 """
 TRAINING = ("fit", "validate", "test", "predict")
 USING = ("generate", "merge", "export")
+LOOKING = ("data",)
 SWITCHES = ("--json", "--raw", "--untie")
 
 
@@ -58,12 +63,16 @@ def main(arguments: list[str] | None = None) -> None:
             prog="lit_adapters",
             parser_class=Parser,
         )
+    elif command in LOOKING:
+        from lit_adapters.preview import preview
+
+        preview(words[1:])
     elif command in TRAINING or command.startswith("-"):
         from lit_adapters.cli import AdapterCLI
 
         AdapterCLI(args=arguments)
     else:
-        known = ", ".join((*TRAINING, *USING))
+        known = ", ".join((*TRAINING, *LOOKING, *USING))
         sys.exit(f"error: unknown command {command!r}; expected one of: {known}")
 
 

@@ -194,6 +194,10 @@ class InstructionDataModule(LightningDataModule):
                 found += to_examples(splits[split], format, source, self.prompting, tokenizer)
         return found
 
+    def tokens(self, split: SplitName) -> list[Tokens]:
+        """Return the tokenised examples of a split, those that were kept."""
+        return self._tokenised(split)
+
     def sequences(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Return the sequences of a packed or padded batch: `input_ids` and `labels`, 1-D."""
         return sequences(batch)
@@ -316,6 +320,9 @@ class InstructionDataModule(LightningDataModule):
                     tokens, report = tokenise(examples, tokenizer, self.max_length, self.overlong)
                 self.reports[split] = report
                 rank_zero_info(f"{self._name} ({split}): {report}")
+                for logger in getattr(self.trainer, "loggers", []):
+                    values = report.metrics().items()
+                    logger.log_metrics({f"data/{split}/{key}": v for key, v in values}, step=0)
             self._tokens[split] = tokens
         return self._tokens[split]
 

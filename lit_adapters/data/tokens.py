@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict, get_args
 
 from lit_adapters.data.examples import Example
@@ -53,6 +53,14 @@ class LengthReport:
     trained_share: float
     long_prompts: int = 0
 
+    def metrics(self) -> dict[str, float]:
+        """Return what a logger takes: counts, lengths and shares."""
+        shares = {
+            "truncated_share": self.truncated / self.examples,
+            "dropped_share": self.dropped / self.examples,
+        }
+        return {**asdict(self), **shares}
+
     def __str__(self) -> str:
         """One paragraph for a person to read before the first step."""
         prompts = (
@@ -62,7 +70,8 @@ class LengthReport:
         )
         return (
             f"{self.kept} of {self.examples} examples kept, {self.truncated} of them truncated to "
-            f"{self.max_length} tokens, {self.dropped} dropped. {prompts}"
+            f"{self.max_length} tokens ({self.truncated / self.examples:.1%}), {self.dropped} "
+            f"dropped. {prompts}"
             f"Lengths in tokens: 10% within {self.p10}, half within {self.p50}, 90% within "
             f"{self.p90}, longest {self.longest}. "
             f"{self.trained_share:.0%} of the kept tokens are trained on."

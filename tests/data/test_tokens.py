@@ -65,8 +65,11 @@ def test_the_report_counts_what_was_truncated_and_dropped():
     assert (report.examples, report.kept, report.truncated, report.dropped) == (3, 2, 1, 1)
     assert (report.p10, report.p50, report.p90, report.longest) == (4, 6, 8, 8)
     assert report.trained_share == 5 / 9
-    assert "2 of 3 examples kept, 1 of them truncated to 5 tokens, 1 dropped" in str(report)
+    assert "2 of 3 examples kept, 1 of them truncated to 5 tokens (33.3%), 1 dropped" in str(report)
     assert "56% of the kept tokens" in str(report)
+    metrics = report.metrics()
+    assert (metrics["truncated_share"], metrics["dropped_share"]) == (1 / 3, 1 / 3)
+    assert (metrics["p50"], metrics["trained_share"]) == (6, 5 / 9)
 
 
 def test_overlong_examples_can_be_dropped():
