@@ -84,13 +84,19 @@ def answer(
     batch: Mapping[str, Any],
     max_new_tokens: int,
 ) -> list[dict[str, str]]:
-    """Answer the untrained head of every sequence of a labelled batch, packed or padded."""
+    """Answer the last question of every sequence of a labelled batch, packed or padded.
+
+    That is all before the last tokens that are trained on without a break.
+    """
     prompts, references = [], []
     for part in sequences(batch):
-        ids, trained = part["input_ids"], (part["labels"] != IGNORE).nonzero().flatten()
-        start = int(trained[0]) if len(trained) else len(ids)
+        ids, flags = part["input_ids"], (part["labels"] != IGNORE).tolist()
+        stop = len(flags) - flags[::-1].index(True) if any(flags) else len(flags)
+        start = stop
+        while start > 1 and flags[start - 1]:  # nothing predicts the first token
+            start -= 1
         prompts.append(ids[:start].tolist())
-        references.append(str(tokenizer.decode(ids[trained], skip_special_tokens=True)))
+        references.append(str(tokenizer.decode(ids[start:stop], skip_special_tokens=True)))
     predictions = generate_from_ids(model, tokenizer, prompts, max_new_tokens)
     return [
         {

@@ -193,6 +193,14 @@ def test_answer_takes_the_untrained_head_of_every_row():
     ]
 
 
+def test_answer_takes_the_last_of_several_trained_turns():
+    turns = Example("a b c d", "e", trained=((2, 5),))  # "b c" is an earlier answer
+    batch = collate(tokenise([turns], TOKENIZER)[0], TOKENIZER.pad_token_id)
+    assert (batch["labels"] != -100).tolist()[0] == [False, False, True, True, False, True, True]
+    (found,) = answer(adapted(), TOKENIZER, batch, 5)
+    assert (found["prompt"], found["reference"]) == ("a b c d", "e")
+
+
 def test_answer_to_a_row_without_trained_tokens_takes_the_whole_row():
     batch = labelled([("a b", "c d e"), ("k l", "m")])
     batch["labels"][1] = -100
