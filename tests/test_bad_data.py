@@ -8,6 +8,7 @@ import json
 import sys
 
 import pytest
+from datasets import Dataset
 
 from lit_adapters import AdapterFineTuneModule, LoRA
 from lit_adapters.data import Example, Records, hold_out, read_splits, tokenise
@@ -41,6 +42,62 @@ def refused(file, *words, kind=ValueError, **settings):
         assert "\n" not in message
     assert module.reports.get("train") is None
     return message
+
+
+# ---------------------------------------------------------------- ten files, each broken in its way
+
+SAID = {"role": "assistant", "content": "b"}
+TALKS = "\n".join([json.dumps({"messages": [{"role": "user", "content": "a"}, SAID]})] * 20)
+
+
+def parquet(tmp_path):
+    Dataset.from_list(RECORDS).to_parquet(tmp_path / "whole")
+    return (tmp_path / "whole").read_bytes()[:-20]
+
+
+BROKEN = {
+    "a list that was cut off": ("a.json", "[\n{},\n", ["line 3", "malformed JSON", "correct"]),
+    "a line that was cut off": ("a.jsonl", LINES[:-5], ["line 20", "malformed JSON"]),
+    "latin-1": ("a.jsonl", (LINES + "é").encode("latin-1"), ["byte", "line 20", "iconv"]),
+    "a comma without quotes": ("a.csv", "prompt,completion\na,b\na,b,c\n", ["line 3", "quote"]),
+    "half a parquet": ("a.parquet", parquet, ["cannot be read as parquet", "is it whole"]),
+    "a field is missing": ("a.jsonl", LINES + '\n\n{"prompt": ""}', ["line 22", "'completion'"]),
+    "a number for a text": (
+        "a.json",
+        '[{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 3}]',
+        ["record 2", "'completion' is int", "as a string"],
+    ),
+    "two formats in one file": (
+        "a.jsonl",
+        LINES + '\n{"instruction": "a", "output": "b"}',
+        ["line 21", "'prompt' is missing", "format prompt_completion"],
+    ),
+    "a role that nobody has": (
+        "a.jsonl",
+        TALKS + '\n{"messages": [{"role": "narrator", "content": "a"}]}',
+        ["line 21", "turn 1", "unknown role 'narrator'", "assistant"],
+    ),
+    "a question without an answer": (
+        "a.jsonl",
+        TALKS + '\n{"messages": [{"role": "user", "content": "a"}]}',
+        ["line 21", "no turn of the assistant", "add the answer"],
+    ),
+    "a format of its own": ("a.jsonl", '{"q": "a", "a": "b"}', ["line 1", "'q', 'a'", "rename"]),
+    "no answer within max_length": (
+        "a.jsonl",
+        json.dumps({"prompt": "a " * 600, "completion": "b"}),
+        ["none of 1 examples has a trained token within max_length 512", "raise max_length"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_gives_one_clear_error(tmp_path, kind):
+    name, content, words = BROKEN[kind]
+    file = tmp_path / name
+    content = content(tmp_path) if callable(content) else content
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(file, *words, val_size=0)
 
 
 # ---------------------------------------------------------------- bytes and encodings

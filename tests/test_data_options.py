@@ -1,0 +1,187 @@
+"""The data module's options for sources, formats and prompts, and what it makes of real files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_adapters.datamodule import InstructionDataModule
+from tests.data.chat_templates import QWEN, chat_tokenizer
+from tests.data.word_tokenizer import word_tokenizer
+from tests.test_datamodule import Recorder, make_trainer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+REAL = SHARED / "data"
+STORIES = SHARED / "models" / "stories260k"
+TURNS = [("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+CHAT = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two sources of different formats: 20 pairs in JSON lines, 5 instructions in CSV."""
+    pairs, tasks = tmp_path / "pairs.jsonl", tmp_path / "tasks.csv"
+    pairs.write_text("\n".join(json.dumps({"prompt": "a", "completion": "b"}) for _ in range(20)))
+    tasks.write_text("instruction,output\n" + "c,d\n" * 5)
+    return str(pairs), str(tasks)
+
+
+def test_a_list_of_sources_is_read_after_each_other_and_each_by_its_format(two, caplog):
+    data = InstructionDataModule(list(two), tokenizer=word_tokenizer(), val_size=1)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        data.setup()
+    told = [r.getMessage() for r in caplog.records if "format" in r.getMessage()]
+    assert told == [
+        f"{two[0]}: format prompt_completion (the first record has 'prompt' and 'completion')",
+        f"{two[1]}: format alpaca (the first record has 'instruction' and 'output')",
+    ]
+    assert data.sources == {"pairs": two[0], "tasks": two[1]}
+    for split, counts in (("train", (19, 4)), ("validation", (1, 1)), ("test", (1, 1))):
+        examples, tokens = data.examples(split), data.tokens(split)
+        expected = ["pairs"] * counts[0] + ["tasks"] * counts[1]
+        assert [example.source for example in examples] == expected
+        assert [one["source"] for one in tokens] == expected
+
+
+def test_weights_are_of_the_training_records_alone(two, caplog):
+    weights = dict(zip(two, (1, 1), strict=True))
+    data = InstructionDataModule(weights, tokenizer=word_tokenizer(), val_size=1)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        data.setup("fit")
+    assert [sum(e.source == s for e in data.examples("train")) for s in data.sources] == [19, 19]
+    assert len(data.examples("validation")) == 2
+    assert "tasks: each of 4 training records comes 4.75 times an epoch" in caplog.text
+    assert data.hparams["path"] == weights
+    assert (
+        "source" not in InstructionDataModule(two[0], tokenizer=word_tokenizer()).tokens("train")[0]
+    )
+
+
+def test_a_bad_record_of_one_source_names_its_file(two):
+    with Path(two[1]).open("a") as file:
+        file.write("e\n")
+    data = InstructionDataModule(list(two), tokenizer=word_tokenizer())
+    with pytest.raises(ValueError, match="tasks.csv, line 7: 1 fields") as raised:
+        data.setup()
+    assert "pairs" not in str(raised.value)
+
+
+def test_a_trainer_trains_on_a_mixture(two, tmp_path):
+    module = Recorder()
+    weights = dict(zip(two, (1, 1), strict=True))
+    data = InstructionDataModule(weights, val_size=1, batch_size=4)
+    make_trainer(tmp_path, max_epochs=1).fit(module, data)
+    assert sum(len(rows) for _, _, rows in module.seen) == 38
+
+
+def test_length_statistics_are_logged_before_the_first_step(two, tmp_path):
+    class Loud(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((dict(metrics), step))
+
+    logged = []
+    trainer = make_trainer(tmp_path, max_epochs=1, log_every_n_steps=1)
+    trainer.loggers = [Loud(tmp_path)]
+    trainer.fit(Recorder(), InstructionDataModule(two[0], val_size=2))
+    (train, step), (validation, _) = logged[:2]
+    assert (train["data/train/examples"], train["data/train/p50"], step) == (18, 4, 0)
+    assert validation["data/validation/kept"] == 2
+
+
+def test_conversations_take_the_tokenizer_that_is_known(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join([json.dumps(CHAT)] * 3))
+    alone = InstructionDataModule(str(file), val_size=1)
+    with pytest.raises(
+        ValueError, match=r"chat.jsonl \(train\): a chat template needs a tokenizer"
+    ):
+        alone.examples("train")
+    data = InstructionDataModule(str(file), tokenizer=chat_tokenizer(), val_size=1)
+    (example,) = data.examples("validation")
+    assert example.prompt.endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
+    assert (example.response, example.end, len(example.trained)) == ("2", "<|im_end|>", 1)
+    last = InstructionDataModule(
+        str(file), tokenizer=chat_tokenizer(), val_size=1, train_on="last", task_prompt="Count."
+    )
+    (example,) = last.examples("validation")
+    assert example.trained == ()
+    assert example.prompt.startswith("<|im_start|>system\nCount.<|im_end|>")
+
+
+def test_a_template_file_is_an_option(tmp_path):
+    file, template = tmp_path / "a.json", tmp_path / "mine.jinja"
+    file.write_text(json.dumps([{"question": "One?", "answer": "1"}] * 2))
+    template.write_text(QWEN.template.replace("Be of use.", "Count."))
+    data = InstructionDataModule(str(file), tokenizer=chat_tokenizer(), template=str(template))
+    (example,) = data.examples("train")
+    assert example.prompt.startswith("<|im_start|>system\nCount.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "vicuna"}, "template 'vicuna' is unknown"),
+        ({"train_on": "first"}, "train_on 'first' is unknown"),
+        ({"path": []}, "names no source"),
+        ({"path": {"a.json": 0.0}}, "no positive number"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_read(settings, message):
+    with pytest.raises(ValueError, match=message):
+        InstructionDataModule(**settings)
+
+
+# ---------------------------------------------------------------- real files
+
+real = pytest.mark.skipif(not SHARED.exists(), reason="real files are not here")
+FILES = {
+    "alpaca_en_demo.json": ("alpaca", 999),
+    "gsm8k_test.jsonl": ("question_answer", 1319),
+    "self_instruct_seed_tasks.jsonl": ("self_instruct", 175),
+}
+
+
+@real
+@pytest.mark.parametrize("tokenizer", ["tiny", str(STORIES)], ids=["tiny", "stories260k"])
+@pytest.mark.parametrize("name", FILES)
+def test_real_files_train_the_answers_and_nothing_else(name, tokenizer, caplog):
+    format, count = FILES[name]
+    data = InstructionDataModule(
+        str(REAL / name), tokenizer=tokenizer, val_size=0, max_length=100_000
+    )
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        examples = data.examples("train")
+    assert f"{name}: format {format} (" in caplog.text
+    assert len(examples) == len(data.tokens("train")) == count
+    words = data.tokenizer
+    for example, tokens in zip(examples[::20], data.tokens("train")[::20], strict=True):
+        trained = [label for label in tokens["labels"] if label != -100]
+        assert trained[-1] == words.eos_token_id
+        alone = words(example.response, add_special_tokens=False)["input_ids"]
+        assert trained[:-1] == alone
+        assert tokens["input_ids"].count(words.bos_token_id) == 1
+
+
+@real
+@pytest.mark.parametrize("tokenizer", ["tiny", str(STORIES)], ids=["tiny", "stories260k"])
+def test_real_records_in_a_chat_template_of_ones_own(tokenizer, tmp_path):
+    """A tokenizer that puts a space before every text puts none in the middle of this one."""
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    data = InstructionDataModule(
+        str(REAL / "gsm8k_test.jsonl"),
+        tokenizer=tokenizer,
+        template=str(template),
+        max_length=100_000,
+        train_limit=60,
+    )
+    words, examples, tokens = data._load_tokenizer(), data.examples("train"), data.tokens("train")
+    for example, one in zip(examples, tokens, strict=True):
+        whole = f"{example.prompt}{example.response}{example.end}"
+        assert one["input_ids"] == words(whole, add_special_tokens=False)["input_ids"]
+        trained = words.decode([label for label in one["labels"] if label != -100])
+        assert trained.strip() == f"{example.response}{words.eos_token}".strip()
