@@ -29,6 +29,7 @@ from lit_adapters.callbacks import (
 )
 from lit_adapters.callbacks.files import check_writable
 from lit_adapters.datamodule import InstructionDataModule
+from lit_adapters.metrics import TextMetric
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.saved_settings import trusted_settings
 from lit_adapters.suggestions import ClearErrors
@@ -75,6 +76,14 @@ class AdapterCLI(LightningCLI):
         """Give each standard callback its own group of flags."""
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
+        parser.add_argument(
+            "--metrics",
+            type=list[TextMetric] | None,
+            default=None,
+            help="Scores of generated answers besides exact match, as lit_adapters.metrics.ROUGE.",
+        )
+        for key in ("samples", "predictions"):
+            parser.link_arguments("metrics", f"{key}.metrics")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard and CSV side by side unless the config says otherwise."""
@@ -175,7 +184,6 @@ def _hush() -> None:
     for message in (
         ".*Experiment logs directory .* exists and is not empty",  # TensorBoard writes there too
         ".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
-        ".*Couldn't infer the batch indices",  # predictions are written in order, not by index
         ".*does not have many workers",  # batches are ready in memory
     ):
         warnings.filterwarnings("ignore", message)

@@ -20,6 +20,7 @@ from lit_adapters.data import (
     LengthReport,
     Overlong,
     Prompting,
+    PromptLoader,
     Records,
     SplitName,
     Splits,
@@ -46,7 +47,7 @@ _STAGES: Mapping[str | None, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
     "test": ("test",),
-    "predict": ("test",),
+    "predict": (),
     None: ("train", "validation", "test"),
 }
 
@@ -224,16 +225,21 @@ class InstructionDataModule(LightningDataModule):
 
     def test_dataloader(self) -> BatchLoader:
         """Return the test batches of this device, in the order of the data."""
-        if not self._tokenised("test"):
+        self._check_test()
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> PromptLoader:
+        """Return the prompts of the test split, whole, and in its order."""
+        self._check_test()
+        examples = self.examples("test")
+        return PromptLoader(examples, EvalOrder(len(examples), self.batch_size, **self._devices()))
+
+    def _check_test(self) -> None:
+        if not self._records()["test"]:
             raise ValueError(
                 f"{self._name} has neither a test nor a validation split and val_size is 0; "
                 "raise val_size, or add a split"
             )
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> BatchLoader:
-        """Return the test batches."""
-        return self.test_dataloader()
 
     def _eval_loader(self, split: SplitName) -> BatchLoader:
         tokens = self._fitting(split)

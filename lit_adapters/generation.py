@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +29,8 @@ def generate(
     Args:
         model: With or without adapters.
         tokenizer: Its tokenizer; adds a BOS token to each prompt if that is its habit.
-        prompts: Complete prompts, template included.
+        prompts: Complete prompts, template included. What is longer than the model's positions
+            allow, beside the answer, loses its beginning.
         max_new_tokens: Longest answer, tokens.
         temperature: Of the sampling distribution.
         batch_size: Prompts at a time; they are sorted by length, so padding is small.
@@ -37,6 +39,7 @@ def generate(
     before = leading_ids(tokenizer)
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     ids = [i if i[: len(before)] == before else before + i for i in ids]
+    ids = _within_context(ids, model, max_new_tokens, len(before))
     return generate_from_ids(
         model, tokenizer, ids, max_new_tokens, temperature, batch_size, progress
     )
@@ -106,6 +109,29 @@ def answer(
         }
         for prompt, prediction, reference in zip(prompts, predictions, references, strict=True)
     ]
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model knows; None where it has no such limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _within_context(
+    prompts: list[list[int]], model: PreTrainedModel, max_new_tokens: int, lead: int
+) -> list[list[int]]:
+    """Cut the start of prompts that leave no room for an answer; ``lead`` tokens stay."""
+    limit = positions(model)
+    if limit is None:
+        return prompts
+    room = max(limit - max_new_tokens, limit // 2)
+    if any(len(ids) > room for ids in prompts):
+        rank_zero_warn(
+            f"prompts of more than {room} tokens lose their beginning: the model knows {limit} "
+            f"positions, of which an answer may take {limit - room}; lower max_new_tokens, or "
+            "shorten the prompts"
+        )
+    return [i if len(i) <= room else i[:lead] + i[lead + len(i) - room :] for i in prompts]
 
 
 def _generation_config(

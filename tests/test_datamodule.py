@@ -48,7 +48,7 @@ class Recorder(LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch, batch_idx):
-        return batch["input_ids"].tolist()
+        return batch
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -231,8 +231,11 @@ def test_evaluation_and_prediction_keep_the_order_of_the_data(source, tmp_path):
     trainer.validate(module, data, verbose=False)
     trainer.test(module, data, verbose=False)
     rows = [row for batch in trainer.predict(module, data) for row in batch]
-    own = [module.tokenizer(example.prompt)["input_ids"] for example in data.examples("test")]
-    assert [row[: len(prompt)] for row, prompt in zip(rows, own, strict=True)] == own
+    own = data.examples("test")
+    assert [row["index"] for row in rows] == list(range(len(own)))
+    assert [(row["prompt"], row["reference"]) for row in rows] == [
+        (example.prompt, example.response) for example in own
+    ]
     assert data.examples("test") == data.examples("validation")
 
 

@@ -1,20 +1,35 @@
-"""Before and after: the same prompts answered when a fit starts and when it ends."""
+"""Before and after: the same prompts answered when a fit starts, while it runs and when it ends."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_adapters.callbacks.answer_tables import (
+    answer_table,
+    in_turns,
+    markdown,
+    metric_table,
+    score_table,
+)
+from lit_adapters.callbacks.sample_files import append_samples, write_json, write_samples
 from lit_adapters.data import Example
 from lit_adapters.generation import generate
-from lit_adapters.metrics import Score, exact_match, matches
+from lit_adapters.metrics import (
+    Answer,
+    ExactMatch,
+    TextMetric,
+    Value,
+    exact_match,
+    score_by_task,
+)
 from lit_adapters.trained_state import random_state, set_random_state
 
 
@@ -23,22 +38,38 @@ class SampleGenerations(Callback):
 
     Takes the test split of the trainer's data module. Training is not disturbed: random state and
     modes are restored. Skipped when ``limit_val_batches=0``. The answers are also written to
-    ``samples.jsonl`` below the logger's folder.
+    ``samples.jsonl`` below the logger's folder, and those shown to ``samples.csv``, step by step,
+    and to TensorBoard. Every rank answers every prompt, as sharded models must.
 
     Args:
         show: Answers in the printed table.
         limit: Prompts answered for the count; 0 switches the callback off.
         max_new_tokens: Longest answer, tokens.
         batch_size: Prompts generated at a time.
+        at_validation: Prompts answered and shown at every validation of a fit as well, the same
+            each time.
+        metrics: Further scores of the answers, such as ``lit_adapters.metrics.ROUGE``.
+        scores_file: Where ``test`` writes all its scores; ``test_scores.json`` below the logger's
+            folder if null.
     """
 
     def __init__(
-        self, show: int = 6, limit: int = 200, max_new_tokens: int = 128, batch_size: int = 64
+        self,
+        show: int = 6,
+        limit: int = 200,
+        max_new_tokens: int = 128,
+        batch_size: int = 64,
+        at_validation: int = 0,
+        metrics: list[TextMetric] | None = None,
+        scores_file: str | None = None,
     ) -> None:
         self.show = show
         self.limit = limit
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
+        self.at_validation = at_validation
+        self.metrics = [ExactMatch(), *(metrics or [])]
+        self.scores_file = scores_file
         self.before: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,6 +85,20 @@ class SampleGenerations(Callback):
         examples = self._examples(trainer)
         if examples and len(self.before) != len(examples):
             self.before = self._answer(trainer, pl_module, examples, "Answers before training")
+            _log_some(trainer, examples, self.before, in_turns(examples)[: self.show])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answer the first prompts again, print and log."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        examples = self._examples(trainer) if fitting and self.at_validation else []
+        chosen = [examples[i] for i in in_turns(examples)[: self.at_validation]]
+        if not chosen:
+            return
+        answers = self._answer(trainer, pl_module, chosen, "")
+        _log_some(trainer, chosen, answers, range(len(chosen)))
+        if trainer.is_global_zero:
+            title = f"Answers after {trainer.global_step} steps"
+            Console().print(answer_table(title, chosen, {"answer": answers}))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer again, print, log and write."""
@@ -61,46 +106,67 @@ class SampleGenerations(Callback):
         if not examples:
             return
         after = self._answer(trainer, pl_module, examples, "Answers after training")
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank
+        shown = in_turns(examples)[: self.show]
+        folder = _log_some(trainer, examples, after, shown)
         if not trainer.is_global_zero:
             return
-        scores = {
-            when: exact_match(
-                (e.task, a, e.response) for e, a in zip(examples, answers, strict=True)
-            )
-            for when, answers in (("before", self.before), ("after", after))
-        }
+        answers = {"before": self.before, "after": after}
+        scores = {when: self._scores(examples, own) for when, own in answers.items()}
         for logger in trainer.loggers:
             logger.log_metrics(
                 {
-                    f"exact_match/{t}/{w}": s.share
-                    for w, by in scores.items()
-                    for t, s in by.items()
+                    f"{name}/{task}/{when}": value.value
+                    for when, by_task in scores.items()
+                    for task, values in by_task.items()
+                    for name, value in values.items()
                 },
                 step=trainer.global_step,
             )
-        _write(folder, examples, self.before, after)
+        write_samples(folder / "samples.jsonl", examples, self.before, after)
         console = Console()
-        console.print(answer_table(examples, self.before, after, self.show))
-        console.print(score_table(scores["before"], scores["after"]))
+        some = {when: [own[i] for i in shown] for when, own in answers.items()}
+        title = "Before and after, on held-out prompts"
+        console.print(answer_table(title, [examples[i] for i in shown], some))
+        console.print(score_table(*(_exact(examples, own) for own in answers.values())))
+        if len(self.metrics) > 1:
+            console.print(metric_table("Scores on held-out records", scores))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count exact matches of the model under test."""
+        """Score the model under test."""
         examples = self._examples(trainer)
         if not examples:
             return
         answers = self._answer(trainer, pl_module, examples, "Answers")
-        found = exact_match((e.task, a, e.response) for e, a in zip(examples, answers, strict=True))
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics({f"test/exact_match/{t}": s.share for t, s in found.items()})
-            Console().print(score_table(None, found))
+        folder = _folder(trainer)
+        if not trainer.is_global_zero:
+            return
+        found = self._scores(examples, answers)
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"test/{n}/{t}": v.value for t, values in found.items() for n, v in values.items()}
+            )
+        Console().print(score_table(None, _exact(examples, answers)))
+        if len(self.metrics) > 1:
+            Console().print(metric_table("Scores on held-out records", {"score": found}))
+        measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        generated = {t: {n: v._asdict() for n, v in own.items()} for t, own in found.items()}
+        file = Path(self.scores_file or folder / "test_scores.json")
+        write_json(file, {**measured, "answers": generated})
 
     def _examples(self, trainer: Trainer) -> list[Example]:
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not self.limit or trainer.limit_val_batches == 0 or not hasattr(data, "examples"):
             return []
         return spread(data.examples("test"), self.limit)
+
+    def _scores(
+        self, examples: Sequence[Example], answers: Sequence[str]
+    ) -> dict[str, dict[str, Value]]:
+        given = (
+            Answer(e.prompt, answer, e.response, e.task)
+            for e, answer in zip(examples, answers, strict=True)
+        )
+        return score_by_task(given, self.metrics)
 
     def _answer(
         self,
@@ -109,12 +175,14 @@ class SampleGenerations(Callback):
         examples: Sequence[Example],
         title: str,
     ) -> list[str]:
+        """Answer all examples; without a title, without a progress bar: there is one already."""
         model = cast(PreTrainedModel, pl_module.model)
         tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
         state = random_state()
         with (
-            Progress(transient=True, disable=not trainer.is_global_zero) as bar,
+            Progress(transient=True, disable=not (title and trainer.is_global_zero)) as bar,
             trainer.precision_plugin.forward_context(),
+            torch.inference_mode(False),  # what the model keeps of this must serve training too
         ):
             task = bar.add_task(title, total=len(examples))
             answers = generate(
@@ -135,63 +203,23 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
     return [examples[int(i * step)] for i in range(min(limit, len(examples)))]
 
 
-def answer_table(
-    examples: Sequence[Example], before: Sequence[str], after: Sequence[str], show: int
-) -> Table:
-    """Return prompts, expected answers, and answers before and after; tasks take turns."""
-    table = Table(title="Before and after, on held-out prompts", show_lines=True)
-    for column in ("prompt", "expected", "before", "after"):
-        table.add_column(column, overflow="fold", ratio=1)
-    for i in _turns([example.task for example in examples])[:show]:
-        style = "green" if matches(after[i], examples[i].response) else "red"
-        cells = (_question(examples[i]), *map(_short, (examples[i].response, before[i], after[i])))
-        table.add_row(*map(Text, cells[:3]), Text(cells[3], style=style))
-    return table
+def _exact(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
+    return exact_match((e.task, a, e.response) for e, a in zip(examples, answers, strict=True))
 
 
-def score_table(before: dict[str, Score] | None, after: dict[str, Score]) -> Table:
-    """Return exact matches by task."""
-    table = Table(title="Exact match on held-out records")
-    for column in ("task", "before", "after") if before is not None else ("task", "right"):
-        table.add_column(column)
-    for task, score in after.items():
-        table.add_row(task, *([str(before[task])] if before is not None else []), str(score))
-    return table
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank
 
 
-def _turns(tasks: Sequence[str]) -> list[int]:
-    """Indices in an order in which every task comes up in turn."""
-    rounds: dict[str, int] = {}
-    keyed = []
-    for index, task in enumerate(tasks):
-        rounds[task] = rounds.get(task, 0) + 1
-        keyed.append((rounds[task], index))
-    return [index for _, index in sorted(keyed)]
-
-
-def _question(example: Example) -> str:
-    """The part of a prompt that differs between records: what stands between its headings."""
-    parts = example.prompt.split("### ")[1:-1] or [example.prompt]
-    return _short("\n".join(part.partition("\n")[2].strip() or part for part in parts))
-
-
-def _short(text: str, limit: int = 240) -> str:
-    text = text.strip()
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _write(
-    folder: Path, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for example, first, second in zip(examples, before, after, strict=True):
-            row = {
-                "task": example.task,
-                "prompt": example.prompt,
-                "expected": example.response,
-                "before": first,
-                "after": second,
-                "match": matches(second, example.response),
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _log_some(
+    trainer: Trainer, examples: Sequence[Example], answers: Sequence[str], which: Sequence[int]
+) -> Path:
+    """Add some answers to ``samples.csv`` and TensorBoard; return the folder of the file."""
+    folder = _folder(trainer)
+    if trainer.is_global_zero and which:
+        chosen, given = [examples[i] for i in which], [answers[i] for i in which]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", markdown(chosen, given), trainer.global_step)
+        append_samples(folder / "samples.csv", trainer.global_step, chosen, given)
+    return folder

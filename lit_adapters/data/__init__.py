@@ -6,6 +6,7 @@ from lit_adapters.data.examples import Conversation, Example, TrainOn, Turn
 from lit_adapters.data.fields import Record
 from lit_adapters.data.formats import FORMATS, FormatName, choose_format, why
 from lit_adapters.data.loading import BatchLoader
+from lit_adapters.data.prompts import PromptLoader, PromptRow
 from lit_adapters.data.records import Records, SplitName, Splits, is_hub_id, read_hub, read_splits
 from lit_adapters.data.sources import shares, source_names, weights_of
 from lit_adapters.data.splits import complete_splits, hold_out
@@ -32,6 +33,8 @@ __all__ = [
     "LengthReport",
     "Overlong",
     "Prompting",
+    "PromptLoader",
+    "PromptRow",
     "Record",
     "Records",
     "SplitName",

@@ -1,0 +1,44 @@
+"""Prompts to answer: whole, whatever the longest sequence of training was."""
+
+from collections.abc import Iterator, Sequence, Set
+from typing import TypedDict
+
+from lit_adapters.data.batches import EvalOrder
+from lit_adapters.data.formats import Example
+
+
+class PromptRow(TypedDict):
+    """One example of a split."""
+
+    index: int  # in the split
+    task: str
+    prompt: str
+    reference: str
+
+
+class PromptLoader:
+    """Examples of a split as batches of rows, in the order of the data.
+
+    Args:
+        examples: The split.
+        order: Which examples form which batch.
+    """
+
+    def __init__(self, examples: Sequence[Example], order: EvalOrder) -> None:
+        self.examples = examples
+        self.order = order
+        self.answered: Set[int] = frozenset()
+        """Indices to leave out; batches keep their number, so that they are as before."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[PromptRow]]:
+        for batch in self.order.batches():
+            yield [self._row(index) for index in batch if index not in self.answered]
+
+    def _row(self, index: int) -> PromptRow:
+        example = self.examples[index]
+        return PromptRow(
+            index=index, task=example.task, prompt=example.prompt, reference=example.response
+        )
