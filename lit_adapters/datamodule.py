@@ -30,6 +30,7 @@ from lit_adapters.data import (
     choose_format,
     complete_splits,
     is_hub_id,
+    prompt_ids,
     read_hub,
     read_splits,
     sequences,
@@ -232,7 +233,9 @@ class InstructionDataModule(LightningDataModule):
         """Return the prompts of the test split, whole, and in its order."""
         self._check_test()
         examples = self.examples("test")
-        return PromptLoader(examples, EvalOrder(len(examples), self.batch_size, **self._devices()))
+        ids = prompt_ids(examples, self._load_tokenizer())
+        order = EvalOrder([len(one) for one in ids], self.batch_size, **self._devices())
+        return PromptLoader(examples, ids, order)
 
     def _check_test(self) -> None:
         if not self._records()["test"]:

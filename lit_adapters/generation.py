@@ -16,7 +16,7 @@ from lit_adapters.losses import IGNORE
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     batch_size: int = 64,
@@ -28,18 +28,23 @@ def generate(
 
     Args:
         model: With or without adapters.
-        tokenizer: Its tokenizer; adds a BOS token to each prompt if that is its habit.
-        prompts: Complete prompts, template included. What is longer than the model's positions
-            allow, beside the answer, loses its beginning.
+        tokenizer: Its tokenizer; adds a BOS token to each text if that is its habit.
+        prompts: Complete prompts, template included, as texts or as token ids. What is longer than
+            the model's positions allow, beside the answer, loses its beginning.
         max_new_tokens: Longest answer, tokens.
         temperature: Of the sampling distribution.
         batch_size: Prompts at a time; they are sorted by length, so padding is small.
         progress: Called with the number of prompts that were just answered.
     """
     before = leading_ids(tokenizer)
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    ids = [i if i[: len(before)] == before else before + i for i in ids]
-    ids = _within_context(ids, model, max_new_tokens, len(before))
+
+    def encoded(prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids if ids[: len(before)] == before else before + ids
+
+    ids = _within_context(list(map(encoded, prompts)), model, max_new_tokens, len(before))
     return generate_from_ids(
         model, tokenizer, ids, max_new_tokens, temperature, batch_size, progress
     )

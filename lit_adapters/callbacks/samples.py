@@ -20,7 +20,7 @@ from lit_adapters.callbacks.answer_tables import (
     score_table,
 )
 from lit_adapters.callbacks.sample_files import append_samples, write_json, write_samples
-from lit_adapters.data import Example
+from lit_adapters.data import Example, prompt_ids
 from lit_adapters.generation import generate
 from lit_adapters.metrics import (
     Answer,
@@ -188,7 +188,7 @@ class SampleGenerations(Callback):
             answers = generate(
                 model,
                 tokenizer,
-                [example.prompt for example in examples],
+                prompt_ids(examples, tokenizer),
                 self.max_new_tokens,
                 batch_size=self.batch_size,
                 progress=lambda n: bar.advance(task, n),

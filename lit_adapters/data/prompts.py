@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence, Set
 from typing import TypedDict
 
 from lit_adapters.data.batches import EvalOrder
-from lit_adapters.data.formats import Example
+from lit_adapters.data.examples import Example
 
 
 class PromptRow(TypedDict):
@@ -13,6 +13,7 @@ class PromptRow(TypedDict):
     index: int  # in the split
     task: str
     prompt: str
+    prompt_ids: list[int]
     reference: str
 
 
@@ -21,11 +22,15 @@ class PromptLoader:
 
     Args:
         examples: The split.
+        ids: Their prompts as training sees them.
         order: Which examples form which batch.
     """
 
-    def __init__(self, examples: Sequence[Example], order: EvalOrder) -> None:
+    def __init__(
+        self, examples: Sequence[Example], ids: Sequence[list[int]], order: EvalOrder
+    ) -> None:
         self.examples = examples
+        self.ids = ids
         self.order = order
         self.answered: Set[int] = frozenset()
         """Indices to leave out; batches keep their number, so that they are as before."""
@@ -40,5 +45,9 @@ class PromptLoader:
     def _row(self, index: int) -> PromptRow:
         example = self.examples[index]
         return PromptRow(
-            index=index, task=example.task, prompt=example.prompt, reference=example.response
+            index=index,
+            task=example.task,
+            prompt=example.prompt,
+            prompt_ids=self.ids[index],
+            reference=example.response,
         )
