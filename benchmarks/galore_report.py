@@ -30,7 +30,7 @@ def table(runs: list[Run]) -> str:
         loss, paper = means[key], own[0]["paper"]
         each = ", ".join(f"{math.exp(r['loss']):.2f}" for r in own)
         cells = [
-            *(key[0], str(key[1] or ""), f"{key[2]:g}"),
+            *(key[0], str(key[1] or ""), f"{key[2]:g}" if key[2] else ""),
             f"{math.exp(loss):.2f} ({each})",
             f"{math.exp(loss - full):.3f}",
             f"{paper:.3f}" if paper else "",
