@@ -58,7 +58,7 @@ MODELS = {
     "llama4": partial(  # sees chunks of its sequence, which no argument of its attention says
         build,
         *(Llama4ForCausalLM, Llama4TextConfig),
-        **{"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        **{"head_dim": 8, "moe_layers": [], "intermediate_size_mlp": 48},
         **{"attention_chunk_size": 3, "layer_types": ["chunked_attention", "full_attention"]},
     ),
     "eager": partial(mistral, attn_implementation="eager"),
