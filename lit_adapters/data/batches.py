@@ -14,6 +14,7 @@ from lit_adapters.data.packing import Batches, exactly, fill, in_a_row
 from lit_adapters.data.tokens import IGNORED, Tokens
 
 _WINDOW = 50  # batches among which examples may move when grouped by length
+_FILLED = 200  # the same for batches by tokens: among more examples there are more that fit
 _SPARE = 0.01  # more batches than the first epoch needs, for epochs that pack less well
 
 Batch = dict[str, Any]
@@ -88,7 +89,7 @@ class TrainOrder:
         rank: This device.
         devices: How many devices share the data.
         batch_tokens: Tokens per device and step, instead of `batch_size`; batches are filled from
-            shuffled windows of about 50.
+            shuffled windows of about 200.
         packed: Whether padding counts for nothing in `batch_tokens`, since there is none.
     """
 
@@ -159,7 +160,7 @@ class TrainOrder:
         generator = self._generator(epoch)
         shuffled = torch.randperm(total, generator=generator).tolist()
         order = shuffled if self.shuffle else list(range(total))
-        share = self.batch_tokens * _WINDOW * self.devices / sum(self.lengths)
+        share = self.batch_tokens * _FILLED * self.devices / sum(self.lengths)
         batches: Batches = []
         for window in _chop(order, max(1, math.ceil(total * share))):
             batches += fill(window, self.lengths, self.batch_tokens, self.packed)

@@ -104,3 +104,106 @@ def test_evaluation_sees_every_example_exactly_once(examples, devices, batch_siz
     if devices == 1:
         assert flat(shares[0]) == list(range(examples))
         assert all(shares[0])
+
+
+# --- batches of so many tokens -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [31, 64, 1000])
+def test_batches_by_tokens_are_as_many_in_every_epoch(packed, devices, tokens):
+    def size(batch):
+        lengths = [LENGTHS[i] for i in batch]
+        return sum(lengths) if packed else max(lengths) * len(lengths)
+
+    orders = [
+        TrainOrder(LENGTHS, 4, rank=r, devices=devices, batch_tokens=tokens, packed=packed)
+        for r in range(devices)
+    ]
+    seen = []
+    for epoch in range(8):
+        shares = [order.batches(epoch) for order in orders]
+        assert {len(share) for share in shares} == {len(orders[0])}
+        whole = [batch for share in shares for batch in share]
+        assert sorted(flat(whole)) == list(range(103))
+        assert all(batch and size(batch) <= tokens for batch in whole)
+        seen.append(whole)
+    assert seen[0] != seen[1]
+    again = TrainOrder(LENGTHS, 4, devices=devices, batch_tokens=tokens, packed=packed)
+    assert again.batches(5) == orders[0].batches(5)
+
+
+def test_packed_batches_are_nearly_full():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 512, (5000,), generator=generator).tolist()
+    for tokens in (512, 2048):
+        order = TrainOrder(lengths, 8, batch_tokens=tokens, packed=True)
+        assert sum(lengths) / (len(order) * tokens) > 0.96
+        assert len({len(order.batches(epoch)) for epoch in range(4)}) == 1
+        together = [set(order.batches(epoch)[0]) for epoch in range(2)]
+        assert together[0] != together[1]
+
+
+def test_examples_that_cannot_be_shared_evenly_take_turns_in_being_left_out():
+    order = TrainOrder([5] * 7, 4, devices=2, batch_tokens=5, packed=True)
+    assert len(order) == 3
+    left = [set(range(7)) - set(flat(order._fill(epoch, 6))) for epoch in range(10)]
+    assert {len(out) for out in left} == {1}
+    assert len(set.union(*left)) > 2
+
+
+def test_without_shuffle_batches_by_tokens_are_the_same_in_every_epoch():
+    order = TrainOrder(LENGTHS, 4, shuffle=False, batch_tokens=64, packed=True)
+    assert order.batches(0) == order.batches(1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_evaluation_by_tokens_sees_every_example_exactly_once(packed, devices):
+    orders = [
+        EvalOrder(LENGTHS, 4, r, devices, batch_tokens=40, packed=packed) for r in range(devices)
+    ]
+    shares = [order.batches() for order in orders]
+    assert sorted(i for share in shares for i in flat(share)) == list(range(103))
+    assert {len(share) for share in shares} == {len(orders[0])}
+    for batch in flat(shares):
+        lengths = [LENGTHS[i] for i in batch]
+        assert (sum(lengths) if packed else len(lengths) * max(lengths, default=0)) <= 40
+    if devices == 1:
+        assert flat(shares[0]) == list(range(103))
+
+
+def test_an_example_beyond_the_budget_is_an_error_with_the_remedy():
+    for make in (TrainOrder, EvalOrder):
+        with pytest.raises(ValueError, match=r"batch_tokens 30 is below the longest example \(31"):
+            make(LENGTHS, 4, batch_tokens=30)
+
+
+# --- packed rows ---------------------------------------------------------------------------------
+
+
+def test_collate_packs_one_behind_the_other():
+    batch = collate(EXAMPLES, pad_id=2, packed=True)
+    assert batch.pop("use_cache") is False
+    assert {key: value.dtype for key, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "position_ids", "labels"), torch.int64
+    )
+    assert batch["input_ids"].tolist() == [[1, 5, 2, 1, 6, 7, 8, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[-100, 5, 2, -100, -100, 7, 8, 2]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_first_token_of_a_sequence_has_no_label(packed):
+    """In a packed row, the last token of the sequence before would be trained to predict it."""
+    rows = [{"input_ids": [1, 5, 2], "labels": [1, 5, 2]}, {"input_ids": [3, 4], "labels": [3, 4]}]
+    parts = sequences(collate(rows, 0, packed))
+    assert [part["labels"].tolist() for part in parts] == [[-100, 5, 2], [-100, 4]]
+    assert [part["input_ids"].tolist() for part in parts] == [[1, 5, 2], [3, 4]]
+
+
+def test_no_examples_make_a_packed_row_that_trains_nothing():
+    batch = collate([], pad_id=9, packed=True)
+    assert (batch["labels"] == -100).all()
+    assert len(sequences(batch)) == 1
