@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,6 +42,7 @@ from lit_adapters.data import (
     weights_of,
     why,
 )
+from lit_adapters.data.cache import FOLDER, once
 
 Batching = Literal["auto", "packed", "padded"]
 
@@ -101,6 +103,7 @@ class InstructionDataModule(LightningDataModule):
         template: str = "auto",
         task_prompt: str = "",
         train_on: TrainOn = "all",
+        cache_dir: str | None = "auto",
     ) -> None:
         """Settings only; nothing is read before it is needed.
 
@@ -138,6 +141,8 @@ class InstructionDataModule(LightningDataModule):
             task_prompt: A description of the task, put in front of every prompt: as the system's
                 turn of a chat, else as a paragraph.
             train_on: all answers of a conversation, the last, or everything, prompts included.
+            cache_dir: Where the tokens of larger data (from 2 million characters on) are kept for
+                the next run. "auto" is a folder in the cache of Hugging Face; null keeps none.
         """
         super().__init__()
         if train_limit is not None and train_limit < 1:
@@ -165,6 +170,7 @@ class InstructionDataModule(LightningDataModule):
         self.prompting = Prompting(template, task_prompt, train_on)
         weights = weights_of(path)
         self.sources = dict(zip(source_names(list(weights)), weights, strict=True))
+        self.cache_dir = cache_dir
         self.reports: dict[str, LengthReport] = {}
         self._splits: dict[str, Splits] | None = None
         self._formats: dict[str, FormatName] = {}
@@ -326,7 +332,15 @@ class InstructionDataModule(LightningDataModule):
             tokens: list[Tokens] = []
             if examples := self.examples(split):
                 with self._naming(split):
-                    tokens, report = tokenise(examples, tokenizer, self.max_length, self.overlong)
+                    tokens, report = once(
+                        tokenise,
+                        examples,
+                        tokenizer,
+                        self._cache_folder(),
+                        rank_zero_info,
+                        max_length=self.max_length,
+                        overlong=self.overlong,
+                    )
                 self.reports[split] = report
                 rank_zero_info(f"{self._name} ({split}): {report}")
                 for logger in getattr(self.trainer, "loggers", []):
@@ -349,6 +363,11 @@ class InstructionDataModule(LightningDataModule):
             if name in str(error):
                 raise
             raise ValueError(f"{name} ({split}): {error}") from error
+
+    def _cache_folder(self) -> Path | None:
+        if self.cache_dir == "auto":
+            return FOLDER
+        return None if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
     def _fitting(self, split: SplitName) -> list[Tokens]:
         """The tokens of a split, all within the context of the model, if it is known."""
