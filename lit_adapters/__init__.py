@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GaLore,
         InitAdapters,
         SampleGenerations,
+        SpikeGuard,
     )
     from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
     from lit_adapters.export import export_merged, export_peft
@@ -53,7 +54,13 @@ _HOMES = {
         "start_from_text",
     ],
     "lit_adapters.attachment": ["attach", "check_adapters_fire", "detach", "merge"],
-    "lit_adapters.callbacks": ["AdapterCheckpoint", "GaLore", "InitAdapters", "SampleGenerations"],
+    "lit_adapters.callbacks": [
+        "AdapterCheckpoint",
+        "GaLore",
+        "InitAdapters",
+        "SampleGenerations",
+        "SpikeGuard",
+    ],
     "lit_adapters.datamodule": ["AlpacaDataModule", "InstructionDataModule"],
     "lit_adapters.export": ["export_merged", "export_peft"],
     "lit_adapters.initialisation": ["initialise"],
@@ -96,6 +103,7 @@ __all__ = [
     "PrefixTuning",
     "QPiSSA",
     "SampleGenerations",
+    "SpikeGuard",
     "__version__",
     "attach",
     "check_adapters_fire",

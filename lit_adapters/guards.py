@@ -1,5 +1,6 @@
 """Stop a training that cannot come to anything: no labels, a loss that is no number, a stand."""
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ def warn_if_rounded(model: nn.Module) -> None:
         )
 
 
-def check_loss(loss: Tensor, step: int) -> None:
+def check_loss(loss: float, step: int) -> None:
     """Refuse to step on a loss that is NaN or infinite.
 
     Args:
@@ -38,9 +39,9 @@ def check_loss(loss: Tensor, step: int) -> None:
     Raises:
         RuntimeError: saying what usually helps.
     """
-    if not torch.isfinite(loss):
+    if not math.isfinite(loss):
         raise RuntimeError(
-            f"the training loss is {loss.item()} after {step} optimizer steps, and a step would "
+            f"the training loss is {loss} after {step} optimizer steps, and a step would "
             "ruin the adapter; the last checkpoint holds the state before. Lower the learning "
             "rate, set gradient_clip_val, or take bf16 instead of fp16"
         )

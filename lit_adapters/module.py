@@ -16,6 +16,7 @@ from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
+from lit_adapters.callbacks.spikes import SpikeGuard
 from lit_adapters.evaluation import EvaluationSums
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
 from lit_adapters.generation import answer, generate
@@ -35,6 +36,8 @@ from lit_adapters.optim import (
     options_of,
     parameter_groups,
     set_options,
+    set_rate,
+    take_rate,
     unpacked,
     warmup_then,
 )
@@ -94,10 +97,15 @@ class AdapterFineTuneModule(LightningModule):
             line in the log says why); full is the logits; liger is liger-kernel on CUDA.
         quantization: Load the linear layers of the base in nf4, fp4 or int8 (QLoRA), or as a
             class such as ``lit_adapters.BitsAndBytes`` says; null keeps their precision.
+        learning_rate: In place of the optimizer's own. Lightning's learning-rate finder sets it:
+            ``Tuner(trainer).lr_find(module, datamodule=data)`` before `fit`, or the callback
+            ``LearningRateFinder`` (on the command line
+            ``--trainer.callbacks+=LearningRateFinder``).
     """
 
     model: PreTrainedModel
     packing_obstacle: str | None = "the model is not built yet"  # why batches have to be padded
+    asks_spike_guard = True  # it knows the mean over tokens of a step, which callbacks do not
 
     def __init__(
         self,
@@ -116,6 +124,7 @@ class AdapterFineTuneModule(LightningModule):
         max_new_tokens: int = 128,
         loss: LossKind = "auto",
         quantization: Kind | Quantization | None = None,
+        learning_rate: float | None = None,
     ) -> None:
         super().__init__()
         self.base = base if isinstance(base, str) else None
@@ -136,6 +145,7 @@ class AdapterFineTuneModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.model_loss = ModelLoss(loss)
         self.quantization = quantization_from_plain(quantization)
+        self.learning_rate = learning_rate
         self._tokenizer = tokenizer
         self._built = False
         self._adapters_checked = False
@@ -162,6 +172,7 @@ class AdapterFineTuneModule(LightningModule):
                 "max_new_tokens": max_new_tokens,
                 "loss": loss,
                 "quantization": quantization_to_plain(self.quantization),
+                "learning_rate": learning_rate,
             }
         )
 
@@ -281,13 +292,17 @@ class AdapterFineTuneModule(LightningModule):
         divided them by the tokens of the window.
         """
         nll, tokens = self.nll(batch)
+        if self._searching():
+            return nll / tokens.clamp(min=1)  # what a search compares must be a mean
         self.window.add(nll.detach(), tokens)
         return nll / LOSS_UNIT
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into the mean over the window's trained tokens, then log."""
+        if self._searching():
+            return
         nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
-        count = tokens.item()  # one wait for the device, not two
+        total, count = torch.stack([nll, tokens]).tolist()  # one wait for the device, not two
         check_tokens(count, self.trainer.global_step)
         # Lightning divided each micro-batch by the accumulation, DDP and FSDP by the ranks.
         divided = LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -296,17 +311,27 @@ class AdapterFineTuneModule(LightningModule):
         ]
         check_gradients(gradients)
         torch._foreach_mul_(gradients, divided / count)
-        loss = nll / tokens
-        if str(self.trainer.precision) != "16-mixed":  # there, steps of overflows are left out
-            check_loss(loss, self.trainer.global_step)
+        loss, norm = nll / tokens, nn.utils.get_total_norm(gradients)
+        left_out = [
+            guard.leaves_out(self.trainer, loss, norm, count)
+            for guard in self.trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(guard, SpikeGuard)
+        ]
+        # In fp16, steps of overflows are left out.
+        if not any(left_out) and str(self.trainer.precision) != "16-mixed":
+            check_loss(total / count, self.trainer.global_step)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+        self.log("train/grad_norm", norm)
         self.log("train/tokens_per_second", rate, prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
         self.log("memory/peak_mb", peak_bytes(self.device) / 1e6)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Once: see that adapters move; log the size of the optimizer's state."""
+        if self._searching():
+            if outputs and not outputs["loss"].isfinite():
+                self.trainer.should_stop = True  # larger rates will not do better
+            return
         if not self._move_checked and self.trainer.global_step >= PATIENCE:
             self._move_checked = True
             check_moved(self.model, self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -321,6 +346,8 @@ class AdapterFineTuneModule(LightningModule):
         """Build the optimizer over the trainable parameters, and its schedule."""
         groups = parameter_groups(self.model, self.lora_plus_ratio, self.embedding_lr)
         optimizer = self.optimizer_factory(groups)
+        if self.learning_rate is not None:
+            set_rate(optimizer, self.learning_rate)
         hold_ratios(optimizer)
         if str(self.trainer.precision) != "16-mixed":  # there, fused steps cannot be clipped
             fuse(optimizer)
@@ -330,6 +357,7 @@ class AdapterFineTuneModule(LightningModule):
         else:
             schedule = self.lr_scheduler(optimizer)
         self._chosen = options_of(optimizer)
+        self._chosen_rate = self.learning_rate
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -337,10 +365,19 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Let this run's optimizer settings win over those that a checkpoint restored."""
+        if self._searching():
+            return
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         set_options(optimizer, self._chosen, schedulers)
+        if self.learning_rate is not None and self.learning_rate != self._chosen_rate:
+            take_rate(optimizer, self.learning_rate, schedulers)  # found since by a callback
         self._resume_loaders()
+
+    def _searching(self) -> bool:
+        """Whether Lightning's learning-rate finder is at work, with a schedule of its own."""
+        schedules = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        return any(".tuner." in type(schedule).__module__ for schedule in schedules)
 
     def _resume_loaders(self) -> None:
         """Let loaders that keep their position go on there.
@@ -362,8 +399,9 @@ class AdapterFineTuneModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one batch to the sums of its loader."""
-        self.evaluated.add(self.token_loss(batch, count_correct=True), dataloader_idx)
+        """Add one batch to the sums of its loader; a search for a learning rate looks at none."""
+        if not self._searching():
+            self.evaluated.add(self.token_loss(batch, count_correct=True), dataloader_idx)
 
     test_step = validation_step
 
@@ -379,6 +417,8 @@ class AdapterFineTuneModule(LightningModule):
 
     def _log_evaluation(self, stage: str, loaders: Any, count: int) -> None:
         """Log over all loaders; if they are several in a dictionary, over each by its name too."""
+        if self._searching():
+            return
         sums = self.evaluated.close(self.trainer.strategy.reduce, count)
         if sums[0].tokens == 0:
             raise RuntimeError(

@@ -1,7 +1,7 @@
 """Lightning callbacks.
 
 AdapterCheckpoint, InitAdapters and RunReport work with any LightningModule that holds adapters,
-GaLore with any at all;
+GaLore and SpikeGuard with any at all;
 SampleGenerations and PredictionWriter need the model, tokenizer and data of this library.
 """
 
@@ -11,6 +11,7 @@ from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.callbacks.predictions import PredictionWriter
 from lit_adapters.callbacks.report import RunReport
 from lit_adapters.callbacks.samples import SampleGenerations
+from lit_adapters.callbacks.spikes import SpikeGuard
 
 __all__ = [
     "AdapterCheckpoint",
@@ -19,4 +20,5 @@ __all__ = [
     "PredictionWriter",
     "RunReport",
     "SampleGenerations",
+    "SpikeGuard",
 ]

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_adapters.callbacks.adapted_children import adapted_children
-from lit_adapters.callbacks.files import check_writable, write_checkpoint
+from lit_adapters.callbacks.files import check_writable, is_of_a_search, write_checkpoint
 from lit_adapters.callbacks.load_check import LoadCheck, new_tokens_of
 from lit_adapters.callbacks.loops import (
     begin_next_epoch,
@@ -267,6 +267,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     ) -> None:
         """Refuse a checkpoint of another adapter; remember the random state for the first step."""
         self._load_check.catch_up(trainer, pl_module, checkpoint, self.check_base)
+        if is_of_a_search(trainer.ckpt_path):  # goes back to where it began: no run is resumed
+            return
         self._restored = checkpoint.get("random_state")
         self._validation_is_ahead = validation_is_ahead(checkpoint.get("loops"))
         begin_next_epoch(checkpoint.get("loops"))

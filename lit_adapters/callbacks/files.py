@@ -51,3 +51,8 @@ def check_writable(folder: Path) -> None:
             "folder: AdapterCheckpoint(dirpath=...), --checkpoint.dirpath or "
             "--trainer.default_root_dir",
         ) from error
+
+
+def is_of_a_search(path: object) -> bool:
+    """Whether it is the file to which Lightning's tuner goes back; trainers keep its name."""
+    return Path(str(path)).name.startswith((".lr_find_", ".scale_batch_size_"))

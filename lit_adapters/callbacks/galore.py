@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lit_adapters.adapters import FullFineTuning
 from lit_adapters.callbacks.adapted_children import adapted_children
+from lit_adapters.callbacks.files import is_of_a_search
 from lit_adapters.optim import GaLoreEngine, Projection
 from lit_adapters.targets import match_targets
 
@@ -178,7 +179,8 @@ class GaLore(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]
     ) -> None:
         """Refuse the checkpoint of a run without GaLore: its optimizer steps other shapes."""
-        if trainer.state.fn == "fit" and not checkpoint.get("callbacks", {}).get(self.state_key):
+        resumes = trainer.state.fn == "fit" and not is_of_a_search(trainer.ckpt_path)
+        if resumes and not checkpoint.get("callbacks", {}).get(self.state_key):
             raise ValueError(
                 "the checkpoint was written without GaLore, so its optimizer state does not fit "
                 "the projected gradients; resume it without GaLore, or start a new fit from its "

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
+from lit_adapters.callbacks.files import is_of_a_search
 from lit_adapters.callbacks.interrupt import StopSignals
 from lit_adapters.callbacks.loops import fit_progress, is_dry_run, with_validation_ahead
 from lit_adapters.trained_state import random_state
@@ -109,7 +110,7 @@ class Stopping:
         """Say how to go on from the checkpoint ``path``, written after step ``written`` or -1."""
         name = self.signals.received.name if self.signals.received else ""
         said = f"{name}: stopped after optimizer step {trainer.global_step}"
-        if not path:
+        if not path or is_of_a_search(path):
             return f"{said}, before the first checkpoint; there is nothing to resume"
         earlier = written not in (-1, trainer.global_step)
         of = f" (of step {written})" if earlier else ""

@@ -4,7 +4,7 @@ from lit_adapters.optim.eight_bit import unpacked
 from lit_adapters.optim.galore import GaLoreEngine
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.groups import fuse, hold_ratios, parameter_groups
-from lit_adapters.optim.options import options_of, set_options
+from lit_adapters.optim.options import options_of, set_options, set_rate, take_rate
 from lit_adapters.optim.schedule import warmup_then
 from lit_adapters.optim.shadow import SHADOW
 
@@ -17,6 +17,8 @@ __all__ = [
     "options_of",
     "parameter_groups",
     "set_options",
+    "set_rate",
+    "take_rate",
     "unpacked",
     "warmup_then",
 ]

@@ -149,23 +149,42 @@ class GaLoreEngine:
             generator = torch.Generator().manual_seed(self._seed(one))
             with torch.autocast(gradient.device.type, enabled=False):
                 new = subspace(gradient.flatten(1), how.rank, how.side, how.svd, generator)
+            changed = None if old is None else self._carry_over(one, old, new)
+            one.replaced = (old, one.age, changed)
             one.projector, one.age = new, 0
-            if old is not None:
-                self._carry_over(one, old, new)
         if one.projector is not None:
             one.add_gradient(one.projected(gradient))
         else:  # whoever looks at gradients before the step is to see it
             one.add_gradient(torch.full_like(one.shadow, torch.nan))
 
-    def _carry_over(self, one: Shadowed, old: Projector, new: Projector) -> None:
-        """Fit the optimizer's state to another subspace."""
+    def _carry_over(self, one: Shadowed, old: Projector, new: Projector) -> dict[str, Any] | None:
+        """Fit the optimizer's state to another subspace; return what it was if it is changed."""
+        state = self.optimizer.state.get(one.shadow)
+        if state is None or self.settings.moments == "keep":
+            return None
         if self.settings.moments == "reset":
-            self.optimizer.state.pop(one.shadow, None)
-        elif self.settings.moments == "rotate":
-            state = self.optimizer.state.get(one.shadow, {})
-            for key in FIRST_MOMENTS:
-                if isinstance(state.get(key), Tensor):
-                    state[key].copy_(rotate(state[key], old, new))
+            return self.optimizer.state.pop(one.shadow)
+        turned = {
+            key: rotate(state[key], old, new).to(state[key].dtype)
+            for key in FIRST_MOMENTS
+            if isinstance(state.get(key), Tensor)
+        }
+        self.optimizer.state[one.shadow] = {**state, **turned}
+        return state
+
+    def withdraw(self) -> None:
+        """Forget the gradients of the present window and the subspaces chosen from them.
+
+        To be called instead of a step.
+        """
+        self._arrived = False
+        for one in self.projected.values():
+            one.kept = one.shadow.grad = None
+            if one.replaced is not None:
+                one.projector, one.age, changed = one.replaced
+                if changed is not None:
+                    self.optimizer.state[one.shadow] = changed
+                one.replaced = None
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -211,6 +230,8 @@ class GaLoreEngine:
         if not (self.active and self._arrived):
             return
         self._arrived = False
+        for one in self.projected.values():
+            one.replaced = None
         overflow = getattr(optimizer, "found_inf", None)  # of a fused step, which did nothing then
         if overflow is not None and overflow.item():
             return
@@ -259,7 +280,7 @@ class GaLoreEngine:
         found = {name: one.checked(weights[name]) for name, one in self.projected.items()}
         self.seed = state["seed"]
         for name, one in self.projected.items():
-            one.projector, one.kept = found[name], None
+            one.projector, one.kept, one.replaced = found[name], None, None
             one.steps, one.age = weights[name]["steps"], weights[name]["age"]
 
 

@@ -28,3 +28,21 @@ def set_options(
     for scheduler in schedulers:
         if hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give the first group this learning rate, and the others theirs in proportion."""
+    first = optimizer.param_groups[0]["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (group["lr"] / first) if first else rate
+
+
+def take_rate(optimizer: Optimizer, rate: float, schedulers: Iterable[Any]) -> None:
+    """Go on from another initial rate of the first group, where the schedules stand."""
+    first = optimizer.param_groups[0]["initial_lr"]
+    for scheduler in schedulers:
+        for group, last in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate * (last / first)
+            group["initial_lr"] = rate * (group["initial_lr"] / first)
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]

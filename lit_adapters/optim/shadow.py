@@ -31,6 +31,8 @@ class Shadowed:
     steps: int = 0  # optimizer steps made
     age: int = 0  # of them, since the subspace was chosen
     kept: Tensor | None = None  # full gradient of a window that is to choose the subspace
+    # Subspace, age and optimizer state (if that was changed) before this window chose a subspace.
+    replaced: tuple[Projector | None, int, dict[str, Any] | None] | None = None
     _hooks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
