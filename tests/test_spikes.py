@@ -1,5 +1,7 @@
 """SpikeGuard: what it takes for a spike, and what each action does to weights, state and rates."""
 
+import csv
+import json
 import math
 import random
 from collections import deque
@@ -14,19 +16,26 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lit_adapters import (
+    AdapterCheckpoint,
     AdapterFineTuneModule,
     AlpacaDataModule,
+    FullFineTuning,
+    GaLore,
+    LoRA,
     SpikeGuard,
 )
 from lit_adapters.callbacks import spikes
 from lit_adapters.callbacks.deviation import deviation
-from tests.models import trainable
-from tests.test_module import Batches, make_trainer
+from tests.models import llama, trainable
+from tests.test_cli import run as command_line
+from tests.test_module import Batches, examples, in_batches, make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*Experiment logs directory"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     # Lightning steps the schedule once more than the optimizer when a scaler skips the first step.
     pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),
@@ -542,3 +551,220 @@ def test_manual_optimisation_is_watched_too(tmp_path):
 def test_settings_without_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SpikeGuard(**settings)
+
+
+# ---------------------------------------------------------------- our module
+
+
+def poisoned(count=60, at=40, size=4):
+    """Batches of one easy task; in one of them every label is another token than it should be."""
+    rows = [
+        {"input_ids": [3, 4, 5 + n % 3, 6, 7, 8], "labels": [-100, -100, 5 + n % 3, 6, 7, 8]}
+        for n in range(count * size)
+    ]
+    for row in rows[at * size : (at + 1) * size]:
+        row["labels"] = [-100, -100, 60, 61, 62, 63]
+    return in_batches(rows, size)
+
+
+def ours(**settings):
+    settings = {
+        "adapter": LoRA(rank=4),
+        "optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+        "lr_scheduler": "constant",
+        "warmup": 0,
+        **settings,
+    }
+    return AdapterFineTuneModule(llama(), **settings)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_bad_batch_of_ours_is_skipped(tmp_path, accumulate, precision):
+    guard = SpikeGuard("skip")
+    batches = poisoned(60 * accumulate, at=40 * accumulate)
+    settings = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+    trainer, track = run(tmp_path, ours(), guard, batches, precision=precision, **settings)
+    assert track.moved() == [
+        i for i in range(60 * accumulate) if (i + 1) % accumulate == 0 and i // accumulate != 40
+    ]
+    assert len(trainer.logger["train/loss"]) == 60  # that of the step left out is logged too
+    assert guard.recent[-1] == (pytest.approx(trainer.logger["train/loss"][-1]), 16 * accumulate)
+
+
+def test_lora_plus_and_our_schedule_keep_their_shape_below_the_lowered_rate(tmp_path):
+    settings = {"lora_plus_ratio": 16.0, "lr_scheduler": "cosine", "warmup": 5}
+    slow = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3), **settings}
+    _, free = run(tmp_path / "a", ours(**slow), SpikeGuard("warn"), poisoned())
+    trainer, track = run(tmp_path / "b", ours(**slow), SpikeGuard("lower-lr"), poisoned())
+    assert track.rates[:41] == free.rates[:41]
+    assert track.rates[50] == pytest.approx([0.3 * rate for rate in free.rates[50]])
+    assert track.rates[50][1] == pytest.approx(16 * track.rates[50][0])
+    assert trainer.logger["lr"] == pytest.approx([rates[0] for rates in track.rates])
+
+
+@pytest.mark.parametrize("action", ["skip", "lower-lr", "restore"])
+def test_the_guard_has_its_chance_before_a_loss_that_is_no_number_stops_the_run(tmp_path, action):
+    class Exploding(AdapterFineTuneModule):
+        def nll(self, batch):
+            nll, tokens = super().nll(batch)
+            return nll * (math.nan if self.trainer.global_step == 5 else 1), tokens
+
+    module = Exploding(llama(), LoRA(rank=4))
+    guard = SpikeGuard(action)
+    trainer, track = run(tmp_path, module, guard, in_batches(examples(40), 4))
+    assert trainer.global_step == 10
+    assert guard.count == 1
+    assert all(weights.isfinite().all() for weights in track.weights)
+    with pytest.raises(RuntimeError, match="training loss is nan after 5"):
+        run(tmp_path, Exploding(llama(), LoRA(rank=4)), SpikeGuard(), in_batches(examples(40), 4))
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("at", [39, 40])
+def test_a_skipped_step_leaves_galore_as_if_the_batch_had_not_been(tmp_path, moments, at):
+    """Also where it would have chosen the subspaces (before every third step)."""
+
+    def galore():
+        return GaLore(rank=4, update_gap=3, targets="all-linear", moments=moments)
+
+    def fit(folder, batches):
+        module = Loud(
+            llama(), FullFineTuning(), optimizer=adamw_slow, lr_scheduler="constant", warmup=0
+        )
+        guard = SpikeGuard("skip")
+        run(folder, module, guard, batches, callbacks=[galore(), guard])
+        return guard, trainable(module)
+
+    batches = poisoned(at=at)
+    guard, skipped = fit(tmp_path / "a", batches)
+    assert guard.count == 1
+    del batches.batches[at]
+    _, without = fit(tmp_path / "b", batches)
+    assert all(torch.equal(skipped[name], without[name]) for name in without)
+
+
+class Loud(AdapterFineTuneModule):
+    """Of a bad batch the gradients are finite and large, so that subspaces are chosen from them."""
+
+    def nll(self, batch):
+        nll, tokens = super().nll(batch)
+        return nll * (50 if (batch["labels"] == 60).any() else 1), tokens
+
+
+def adamw_slow(groups):
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+
+
+def test_restore_takes_galore_s_subspaces_back_too(tmp_path):
+    galore = GaLore(rank=4, update_gap=7, targets="all-linear")
+    states = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *_):
+            state = galore.engine.state_dict()
+            found = trainable(module)
+            states.append((json.dumps(state, default=lambda t: t.tolist()), found))
+
+    module = Loud(llama(), FullFineTuning(), optimizer=adamw_slow)
+    guard = SpikeGuard("restore", every=10)
+    make_trainer(tmp_path, callbacks=[galore, guard, Watch()]).fit(module, poisoned(at=36))
+    assert guard.count == 1, guard.count
+    assert states[36][0] == states[29][0]
+    assert all(torch.equal(states[36][1][name], value) for name, value in states[29][1].items())
+
+
+@pytest.mark.parametrize("action", ["skip", "lower-lr", "restore"])
+@pytest.mark.parametrize("stop", [35, 40, 43])
+def test_a_run_resumed_around_a_spike_is_to_the_bit_the_one_that_was_not_stopped(
+    tmp_path, action, stop
+):
+    """At 40 a copy for restore was taken, and not yet proven."""
+
+    def fit(folder, **settings):
+        guard, module = SpikeGuard(action, every=10), ours(optimizer=adamw_slow)
+        path = settings.pop("ckpt_path", None)
+        saving = AdapterCheckpoint(folder, monitor=None, every_n_train_steps=1)
+        trainer = make_trainer(
+            folder, callbacks=[guard, saving], enable_checkpointing=True, **settings
+        )
+        trainer.fit(module, Resumable(poisoned(at=42).batches), ckpt_path=path)
+        return guard, trainable(module)
+
+    whole, expected = fit(tmp_path / "a")
+    assert whole.count == 1
+    fit(tmp_path / "b", max_steps=stop)
+    kept = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)
+    assert kept["callbacks"]["SpikeGuard"]["count"] == (stop > 42)
+    guard, found = fit(tmp_path / "b", ckpt_path=tmp_path / "b" / "last.ckpt")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert guard.recent == whole.recent
+    assert (guard.count, guard.lr_factor, guard.quiet) == (1, whole.lr_factor, whole.quiet)
+
+
+class Resumable(Batches):
+    """Goes on where it was left, as Lightning asks of a loader."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.at = 0
+
+    def __iter__(self):
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+CONFIG = """
+trainer:
+  max_steps: 60
+  max_epochs: -1
+  accelerator: cpu
+  log_every_n_steps: 1
+  limit_val_batches: 0
+  default_root_dir: {root}
+  callbacks:
+    - class_path: lit_adapters.SpikeGuard
+      init_args:
+        action: {action}
+model:
+  base: tiny
+  lr_scheduler: constant
+  warmup: 0
+  optimizer:
+    class_path: torch.optim.AdamW
+    init_args: {{lr: 5.0e-3}}
+data:
+  path: {data}
+  batch_size: 2
+  val_size: 2
+samples:
+  limit: 0
+"""
+
+
+@pytest.mark.parametrize("action", ["warn", "lower-lr"])
+def test_a_config_names_the_guard_and_a_bad_record_shows_in_the_logs(tmp_path, action, caplog):
+    records = [{"prompt": f"Say {n % 3}.", "completion": "one two three four"} for n in range(62)]
+    for number in (30, 31):
+        records[number]["completion"] = "qzx jvk wyq zzq"
+    data, config = tmp_path / "pairs.jsonl", tmp_path / "run.yaml"
+    data.write_text("\n".join(map(json.dumps, records)))
+    config.write_text(CONFIG.format(root=tmp_path, action=action, data=data))
+    command_line("fit", "--config", config)
+    (metrics,) = tmp_path.glob("lightning_logs/version_0/metrics.csv")
+    with metrics.open() as file:
+        rows = list(csv.DictReader(file))
+    events = [row for row in rows if row.get("spike/loss")]
+    assert events, [row["train/loss"] for row in rows]
+    rates = [float(row["lr"]) for row in rows if row["lr"]]
+    assert rates[0] == pytest.approx(5e-3)
+    assert rates[-1] == pytest.approx(5e-3 * (1 if action == "warn" else 0.3 ** len(events)))
+    assert "jumps from about" in caplog.text
