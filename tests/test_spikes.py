@@ -54,13 +54,20 @@ def steady(count, level=2.0, noise=0.1, seed=0):
     return [(level * math.exp(noise * rng.gauss(0, 1)), 1.0) for _ in range(count)]
 
 
+def test_a_jump_out_of_a_steep_fall_is_seen():
+    """A small set learned by heart in thirty steps, then a record that contradicts it."""
+    falling = [(6.0 * math.exp(-0.25 * i) + 0.004, 1.0) for i in range(30)]
+    assert deviation(falling, falling[-1][0] * 3, 1.0) > THRESHOLD
+
+
 def test_a_deviation_is_that_of_the_last_losses_in_logarithms():
     """Against the definition in other words, on losses without trend or tails."""
     earlier = steady(99)
     logs = torch.tensor([value for value, _ in earlier], dtype=torch.float64).log()
     expected = logs.unfold(0, 11, 1).sort().values[:, 5]  # medians of 11 steps
     errors = (logs[11:] - expected[:-1])[:-1]
-    spread = max(errors.abs().median().item() / 0.6745, errors.max().item() / 2.5)
+    bends = (logs[2:] - 2 * logs[1:-1] + logs[:-2]).abs().median().item()
+    spread = max(bends / 0.6745 / math.sqrt(6), errors.max().item() / 2.5)
     wanted = (math.log(3.0) - expected[-1].item()) / spread
     assert deviation(earlier, 3.0, 1.0) == pytest.approx(wanted, rel=0.1)
 

@@ -15,9 +15,9 @@ def deviation(earlier: Sequence[tuple[float, float]], loss: float, weight: float
     """Return by how many robust standard deviations ``loss`` exceeds its expectation.
 
     Each loss is expected to be the median of the few before it, which follows a loss that falls.
-    The standard deviation is that of these predictions in the window: the larger of what their
-    median error and their largest say of a normal distribution, so that heavy tails count. All in
-    logarithms if losses are positive, since noise falls with the loss; else relative to the median.
+    The standard deviation is the larger of what two things say of a normal distribution: the median
+    of the window's second differences, in which a steep fall does not show, and the largest error
+    of such an expectation in it, so that heavy tails count. All in logarithms if losses are positive, since noise falls with the loss; else relative to the median.
     A step of less than the usual weight may deviate more, by the square root. Two high losses in a
     row tell more than one: then the lower counts times the root of 2, if that is more.
 
@@ -41,5 +41,6 @@ def deviation(earlier: Sequence[tuple[float, float]], loss: float, weight: float
         (values[i] - median(values[max(0, i - MEMORY) : i])) / noise[i]
         for i in range(2, len(values))
     )
-    spread = max(median(map(abs, errors)) / MIDDLE, max(errors) / LARGEST, FLOOR)
+    bends = (abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:-1], strict=False))
+    spread = max(median(bends) / (MIDDLE * math.sqrt(6)), max(errors) / LARGEST, FLOOR)
     return max(now, min(before, now) * math.sqrt(2)) / spread
