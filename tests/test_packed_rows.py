@@ -34,11 +34,11 @@ from lit_adapters import (
     attach,
 )
 from lit_adapters import blockwise_attention as blockwise
-from lit_adapters.base_model import recompute_activations
 from lit_adapters.blockwise_attention import Blocks
 from lit_adapters.data import collate, sequences
 from lit_adapters.gradients import mean_loss
 from lit_adapters.packed_rows import keep_rows_apart
+from lit_adapters.recompute import recompute_activations
 from tests.models import BUILDERS, PAD, SIZES, VOCAB, _build, llama, mistral, shake
 
 # A sequence of one token, two of the same length, and some longer than the windows below.
