@@ -82,8 +82,16 @@ class AdapterCLI(LightningCLI):
             default=None,
             help="Scores of generated answers besides exact match, as lit_adapters.metrics.ROUGE.",
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Let `metrics` be those of every callback that has not been given its own.
+
+        A link of arguments would be broken by parsing without defaults, as a resume does.
+        """
+        config = self.config[self.subcommand] if self.subcommand else self.config
         for key in ("samples", "predictions"):
-            parser.link_arguments("metrics", f"{key}.metrics")
+            if config[key].metrics is None:
+                config[key].metrics = config.metrics
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard and CSV side by side unless the config says otherwise."""

@@ -119,10 +119,31 @@ def test_predictions_are_written_in_order_with_prompt_and_reference(fitted, tmp_
     )  # fmt: skip
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 16
-    assert all(row.keys() == {"prompt", "prediction", "reference"} for row in rows)
+    keys = ["index", "task", "prompt", "reference", "prediction", "metrics"]
+    assert all(list(row) == keys for row in rows)
     test_file = ROOT / "lit_adapters" / "assets" / "tasks" / "test.jsonl"
     records = [json.loads(line) for line in test_file.read_text().splitlines()]
     assert [row["reference"] for row in rows] == [r["output"] for r in records[:16]]
+
+
+def test_metrics_are_named_once_for_every_command(fitted, tmp_path, capsys):
+    common = (
+        "--config", CONFIG, f"--ckpt_path={fitted / 'best.ckpt'}", "--metrics+=NumericAnswer",
+        "--metrics+=lit_adapters.metrics.BLEU", "--metrics.tokenize=char",
+        f"--trainer.default_root_dir={tmp_path}",
+    )  # fmt: skip
+    scores = tmp_path / "scores.json"
+    run(
+        "test", *common, "--samples.limit=6", "--samples.max_new_tokens=8",
+        "--trainer.limit_test_batches=1", f"--samples.scores_file={scores}",
+    )  # fmt: skip
+    found = json.loads(scores.read_text())["answers"]
+    assert found["arithmetic"].keys() == {"exact_match", "numeric", "bleu"}
+    assert found["sql"].keys() == {"exact_match", "bleu"}
+    run("predict", *common, "--trainer.limit_predict_batches=2", "--model.max_new_tokens=8")
+    rows = map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())
+    assert all({"exact_match", "bleu"} <= row["metrics"].keys() for row in rows)
+    assert "bleu" in capsys.readouterr().out
 
 
 def greedy(model, prompt, tokens=12):

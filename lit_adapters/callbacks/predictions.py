@@ -97,6 +97,9 @@ class PredictionWriter(Callback):
         """Leave the parts for the next run."""
         if self.parts is not None:
             self.parts.close()
+            if trainer.is_global_zero:
+                kept = len(self.parts.read())
+                Console().print(f"{kept} predictions are kept; the same command goes on from there")
             self.parts = None
 
     def _finish(self, parts: PredictionParts, total: int) -> None:

@@ -1,10 +1,4 @@
-"""Every metric: the same whatever the batching and sharing, one answer or many, one rank or two."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Every metric: the same whatever the batching and sharing, one answer or many."""
 
 import pytest
 
@@ -21,7 +15,6 @@ from lit_adapters.metrics import (
     score_by_task,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 METRICS = [ExactMatch, ROUGE, BLEU, SlotF1, SQLMatch, NumericAnswer]
 every_metric = pytest.mark.parametrize("build", METRICS)
 
@@ -100,39 +93,3 @@ def test_scores_by_task_come_in_order_of_appearance():
     found = score_by_task(answers, [ExactMatch()])
     assert list(found) == ["b", "a", "all"]
     assert [values["exact_match"] for values in found.values()] == [(1, 2), (1, 1), (1, 1)]
-
-
-RANK = """
-import json, sys
-import torch.distributed as dist
-from lit_adapters.metrics import BLEU, ROUGE, SlotF1
-from test_base import some_answers
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-found = {}
-for metric in (ROUGE(), BLEU(), SlotF1()):
-    metric.update(some_answers()[:7] if rank else some_answers()[7:])
-    found.update(metric.compute())
-print(json.dumps(found))
-"""
-
-
-def test_two_ranks_that_share_answers_unevenly_compute_what_one_does(tmp_path):
-    folder = str(Path(__file__).parent)
-    paths = os.pathsep.join([str(ROOT), folder])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), f"file://{tmp_path}/meeting"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    alone = {}
-    for metric in (ROUGE(), BLEU(), SlotF1()):
-        metric.update(some_answers())
-        alone.update(metric.compute())
-    for output in outputs:
-        assert json.loads(output) == pytest.approx(alone, rel=1e-6)

@@ -1,0 +1,159 @@
+"""Answers before, while and after training: where they go, and that training never notices."""
+
+import csv
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_adapters import (
+    AdapterFineTuneModule,
+    InstructionDataModule,
+    LoRA,
+    SampleGenerations,
+)
+from lit_adapters.generation import generate
+from lit_adapters.metrics import ROUGE, SlotF1
+from tests.data.word_tokenizer import word_tokenizer
+from tests.models import llama
+
+TOKENIZER = word_tokenizer()
+LETTERS = "abcdefghijklmnopqrst"
+RECORDS = [
+    {"prompt": f"{a} | b", "completion": f"{a} {a}", "task": ("one", "two")[i % 2]}
+    for i, a in enumerate(LETTERS)
+]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*Experiment logs directory"),
+]
+
+
+def fit(folder, callback, loggers=(), epochs=3, **settings):
+    file = folder / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, RECORDS)))
+    data = InstructionDataModule(str(file), batch_size=4, val_size=6)
+    torch.manual_seed(0)
+    module = AdapterFineTuneModule(
+        llama(vocab_size=len(TOKENIZER)), LoRA(rank=4, dropout=0.3), tokenizer=TOKENIZER
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[callback] if callback else [],
+        logger=list(loggers) or False,
+        max_epochs=epochs,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+    trainer.fit(module, data)
+    return trainer, module, data
+
+
+def rows_of(file):
+    with file.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def samples(**settings):
+    return SampleGenerations(**{"max_new_tokens": 3, "show": 2, **settings})
+
+
+def test_the_same_prompts_are_answered_before_at_every_validation_and_after(tmp_path, capsys):
+    _, module, _ = fit(tmp_path, samples(at_validation=3))
+    rows = rows_of(tmp_path / "samples.csv")
+    prompts = {
+        step: [row["prompt"] for row in rows if row["step"] == str(step)] for step in (0, 4, 8, 12)
+    }
+    assert len(set(prompts[4])) == len(prompts[4]) == 3
+    assert prompts[0] == prompts[4][:2]
+    assert prompts[8] == prompts[4]
+    assert prompts[12] == prompts[4] + prompts[0]  # of the validation, then after training
+    assert rows[0]["task"] != rows[1]["task"]
+    last = rows[-2:]
+    expected = generate(module.model, TOKENIZER, [row["prompt"] for row in last], 3)
+    assert [row["answer"] for row in last] == expected
+    assert {row["match"] for row in rows} <= {"True", "False"}
+    assert capsys.readouterr().out.count("Answers after") == 3
+
+
+def test_by_default_nothing_is_answered_at_validations(tmp_path, capsys):
+    fit(tmp_path, samples())
+    assert [row["step"] for row in rows_of(tmp_path / "samples.csv")] == ["0", "0", "12", "12"]
+    assert "Answers after" not in capsys.readouterr().out
+
+
+def test_training_does_not_notice(tmp_path):
+    weights = []
+    for callback in (None, samples(), samples(at_validation=4)):
+        _, module, _ = fit(tmp_path, callback, val_check_interval=2)
+        weights.append([p.detach().clone() for p in module.parameters() if p.requires_grad])
+        assert module.model.training
+    assert any(w.abs().max() > 0 for w in weights[0])
+    for other in weights[1:]:
+        assert all(map(torch.equal, weights[0], other))
+
+
+def test_the_sanity_check_before_training_answers_nothing(tmp_path):
+    fit(tmp_path, samples(at_validation=1, show=0), epochs=1, num_sanity_val_steps=1)
+    assert [row["step"] for row in rows_of(tmp_path / "samples.csv")] == ["4"]
+
+
+def test_answers_are_texts_in_tensorboard(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="board", version="")
+    fit(tmp_path, samples(at_validation=1), [logger], epochs=2)
+    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"tensors": 0})
+    events.Reload()
+    found = events.Tensors("samples/text_summary")
+    assert [event.step for event in found] == [0, 4, 8, 8]
+    text = found[0].tensor_proto.string_val[0].decode()
+    header, rule, *rows = text.splitlines()
+    assert (header, rule) == ("| prompt | expected | answer |", "| --- | --- | --- |")
+    assert len(rows) == 2
+    assert all(row.count("|") == 4 for row in rows)  # the prompts' own bars are written otherwise
+    assert (tmp_path / "board" / "samples.csv").exists()
+
+
+def test_further_scores_are_printed_and_logged_beside_exact_match(tmp_path, capsys):
+    logger = CSVLogger(tmp_path, name="log", version="")
+    fit(tmp_path, samples(metrics=[ROUGE(), SlotF1()]), [logger], epochs=1)
+    names = rows_of(tmp_path / "log" / "metrics.csv")[0].keys()
+    for when in ("before", "after"):
+        for name in ("exact_match", "rouge1", "rouge2", "rougeL"):
+            assert {f"{name}/one/{when}", f"{name}/two/{when}"} <= names
+    assert not any(name.startswith("slot_f1") for name in names)  # no reference is a call
+    shown = capsys.readouterr().out
+    assert "Exact match" in shown
+    assert "rougeL" in shown
+
+
+def test_without_further_scores_the_tables_are_those_of_exact_match(tmp_path, capsys):
+    logger = CSVLogger(tmp_path, name="log", version="")
+    fit(tmp_path, samples(), [logger], epochs=1)
+    names = rows_of(tmp_path / "log" / "metrics.csv")[0].keys()
+    assert {name for name in names if name.endswith(("/before", "/after"))} == {
+        f"exact_match/{task}/{when}" for task in ("one", "two") for when in ("before", "after")
+    }
+    assert "Scores on held-out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_test_writes_all_scores_for_scripts(tmp_path, named):
+    trainer, module, data = fit(tmp_path, None, epochs=1)
+    own = {"scores_file": str(tmp_path / "some" / "scores.json")} if named else {}
+    trainer.callbacks = [samples(metrics=[ROUGE()], **own)]
+    (measured,) = trainer.test(module, data, verbose=False)
+    file = tmp_path / "some" / "scores.json" if named else tmp_path / "test_scores.json"
+    found = json.loads(file.read_text())
+    answers = found.pop("answers")
+    assert found == pytest.approx(measured)
+    assert found.keys() == {"test/loss", "test/perplexity", "test/token_accuracy"}
+    assert answers.keys() == {"one", "two"}
+    assert sum(values["exact_match"]["answers"] for values in answers.values()) == 6
+    assert answers["one"].keys() == {"exact_match", "rouge1", "rouge2", "rougeL"}
