@@ -16,7 +16,8 @@ train and evaluate (a LightningCLI: --config FILE, any number, later ones win; t
   test       the same on the test split, and exact matches of generated answers
   predict    answer the test split into predictions.jsonl
 
-look at the data
+look before a fit
+  estimate   its memory, part by part, and that of alternatives, without weights or data
   data       data preview --config FILE: the first records as the model sees them, what is
              trained on in colour, and their lengths; --records N, --split NAME, --json
 
@@ -31,9 +32,9 @@ Ctrl-C or SIGTERM ends a fit after the step it is in and writes last.ckpt; to go
 command with --ckpt_path FILE. A second Ctrl-C ends it at once.
 Exit status: 0 done, 1 error, 2 wrong usage, 130 Ctrl-C (SIGINT), 143 SIGTERM.
 """
+ESTIMATE, PREVIEW = "estimate", "data"
 TRAINING = ("fit", "validate", "test", "predict")
 USING = ("generate", "merge", "export")
-LOOKING = ("data",)
 SWITCHES = ("--json", "--raw", "--untie")
 
 
@@ -63,16 +64,20 @@ def main(arguments: list[str] | None = None) -> None:
             prog="lit_adapters",
             parser_class=Parser,
         )
-    elif command in LOOKING:
+    elif command == PREVIEW:
         from lit_adapters.preview import preview
 
         preview(words[1:])
+    elif command == ESTIMATE:
+        from lit_adapters.estimate_command import EstimateCLI
+
+        EstimateCLI(_switched(words)[1:])
     elif command in TRAINING or command.startswith("-"):
         from lit_adapters.cli import AdapterCLI
 
         AdapterCLI(args=arguments)
     else:
-        known = ", ".join((*TRAINING, *LOOKING, *USING))
+        known = ", ".join((*TRAINING, ESTIMATE, PREVIEW, *USING))
         sys.exit(f"error: unknown command {command!r}; expected one of: {known}")
 
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from lit_adapters.quantization import Kind, Quantization, as_quantization
 from lit_adapters.weights import hush, settle
@@ -105,6 +106,39 @@ def _check_bf16(dtype: torch.dtype, device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} has no bf16, in which the quantised layers were "
             "to multiply; train with precision='16-mixed' or '32-true'"
         )
+
+
+def empty_base(
+    base: str,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    quantization: Kind | Quantization | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Return the model of `load_base` on the meta device, from its config alone.
+
+    Layers are those of the quantisation, their weights not packed yet; `allocate` does it. Raises
+    as `load_base` does.
+    """
+    with _explained(base):
+        config = AutoConfig.from_pretrained(
+            resolve_base(base), revision=revision, trust_remote_code=False
+        )
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False, **options
+        )
+    settings = as_quantization(quantization)
+    if settings is not None:
+        hush()
+        head = partial(_output_head, base, revision)
+        loading = settings.loading(compute_dtype or dtype, head)
+        quantizer = AutoHfQuantizer.from_config(loading, pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map=None)
+        model.tie_weights()
+    return model.eval()
 
 
 def _output_head(base: str, revision: str | None) -> list[str]:

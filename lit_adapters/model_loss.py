@@ -1,11 +1,12 @@
 """The loss of a causal language model on a batch, without its logits where the head allows it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lit_adapters.adapters import adapters_of
@@ -38,6 +39,7 @@ class ModelLoss:
         self.shape: tuple[float, float | None] | None = None  # the model's scale and soft cap
         self.refused: str | None = None  # why the logits are needed, found out by running
         self.told: set[str] = set()
+        self.chunk: int | None = None  # tokens scored at a time; null asks the device
 
     def __call__(
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, count_correct: bool
@@ -81,7 +83,7 @@ class ModelLoss:
             if hidden.is_cuda:
                 return liger_loss(*parts)
             self._tell(f"liger-kernel needs CUDA, not {hidden.device.type}", "in chunks of tokens")
-        return chunked_loss(*parts, count_correct=count_correct)
+        return chunked_loss(*parts, chunk=self.chunk, count_correct=count_correct)
 
     def _tell(self, reason: str, how: str = "from full logits, which take more memory") -> None:
         if reason not in self.told:
@@ -154,7 +156,8 @@ def obstacle(model: nn.Module) -> str | None:
         return "the output head has hooks, which may change what it computes"
     if head._backward_hooks or head._backward_pre_hooks:
         return "the output head has backward hooks, which would not run"
-    if any(type(p) is not nn.Parameter for p in head.parameters(recurse=False)):
+    plain = (nn.Parameter, FakeTensor)  # the other one in an estimate
+    if any(type(p) not in plain for p in head.parameters(recurse=False)):
         return f"the output head's weight is a {type(head.weight).__name__}, not a plain tensor"
     return None
 
@@ -171,8 +174,7 @@ def behind_the_head(
     """
     if raw.shape != logits.shape:
         return None
-    config: Any = getattr(model, "config", None)
-    configs = [config, *([config.get_text_config()] if hasattr(config, "get_text_config") else [])]
+    configs = _configs(model)
     scales = {1.0}
     for value in _numbers(configs, SCALES):
         scales |= {value, 1 / value}
@@ -184,9 +186,20 @@ def behind_the_head(
     return best if errors[best] <= 4 * rounding else None
 
 
-def _numbers(configs: list[Any], names: tuple[str, ...]) -> list[float]:
+def stated_shape(model: nn.Module) -> tuple[float, float | None]:
+    """Return the scale and soft cap that the config names, for a model that cannot be probed."""
+    configs = _configs(model)
+    return next(_numbers(configs, SCALES), 1.0), next(_numbers(configs, SOFT_CAPS), None)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    config: Any = getattr(model, "config", None)
+    return [config, *([config.get_text_config()] if hasattr(config, "get_text_config") else [])]
+
+
+def _numbers(configs: list[Any], names: tuple[str, ...]) -> Iterator[float]:
     values = (getattr(config, name, None) for config in configs for name in names)
-    return [float(v) for v in values if isinstance(v, int | float) and v > 0]
+    return (float(v) for v in values if isinstance(v, int | float) and v > 0)
 
 
 def _error(raw: Tensor, logits: Tensor, scale: float, cap: float | None) -> float:

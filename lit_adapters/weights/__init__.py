@@ -10,6 +10,7 @@ from lit_adapters.weights import quantised as _quantised  # registers bitsandbyt
 from lit_adapters.weights.quantised import hush, rounded
 from lit_adapters.weights.storage import (
     add_low_rank,
+    allocate,
     as_matrix,
     factor_shapes,
     foreign_forward,
@@ -33,6 +34,7 @@ from lit_adapters.weights.storage import (
 
 __all__ = [
     "add_low_rank",
+    "allocate",
     "as_matrix",
     "factor_shapes",
     "foreign_forward",

@@ -6,7 +6,7 @@ imported when one of them is read.
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import gcd
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_adapters.weights.storage import (
     BLOCK,
+    allocate,
     check_shape,
     is_plain,
     matrix_shape,
@@ -198,6 +199,16 @@ def _halve_blocks(layer: Any) -> None:
         state.state2.absmax = state.state2.absmax.repeat_interleave(2)[:count]
 
 
+def _allocate_4bit(layer: Any, empty: Callable[[Tensor], Tensor]) -> None:
+    packed = layer.weight._quantize("meta")
+    _allocate_packed(layer, empty)
+    state = packed.quant_state
+    for part in (state, *([state.state2] if state.nested else [])):
+        part.absmax, part.code = empty(part.absmax), empty(part.code)
+    if state.nested:
+        state.offset = empty(state.offset)
+
+
 def _side_tensors_4bit(layer: Any) -> list[Tensor]:
     state = layer.weight.quant_state
     if state is None:
@@ -237,12 +248,25 @@ def _settle_8bit(layer: Any) -> None:
     _keep_bias(layer)
 
 
+def _allocate_8bit(layer: Any, empty: Callable[[Tensor], Tensor]) -> None:
+    packed = layer.weight._quantize("meta")
+    _allocate_packed(layer, empty)
+    layer.weight.CB, layer.weight.SCB = layer.weight.data, empty(packed.SCB)
+
+
 def _side_tensors_8bit(layer: Any) -> list[Tensor]:
     scales = _scales(layer)
     return [] if scales is None else [scales]
 
 
 # --- both ----------------------------------------------------------------------------------------
+
+
+def _allocate_packed(layer: Any, empty: Callable[[Tensor], Tensor]) -> None:
+    """Replace a layer's tensors; what bitsandbytes keeps on the weight stays there."""
+    kept = vars(layer.weight)
+    allocate.dispatch(object)(layer, empty)
+    vars(layer.weight).update(kept)
 
 
 def _keep_bias(layer: Any) -> None:
@@ -262,6 +286,7 @@ ANSWERS: dict[Any, tuple[Any, Any]] = {  # for 4 bits, for 8
     requantise: (_requantise_4bit, _requantise_8bit),
     settle: (_settle_4bit, _settle_8bit),
     side_tensors: (_side_tensors_4bit, _side_tensors_8bit),
+    allocate: (_allocate_4bit, _allocate_8bit),
 }
 for _question, _answers in ANSWERS.items():
     for _kind, _answer in zip((Linear4bit, Linear8bitLt), _answers, strict=True):

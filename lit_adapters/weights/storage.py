@@ -1,6 +1,6 @@
 """The questions the rest of the library asks about a layer; each storage answers by registering."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import singledispatch
 from typing import Any
 
@@ -101,6 +101,19 @@ def rounding(layer: nn.Module) -> dict[str, Any]:
 @singledispatch
 def settle(layer: nn.Module) -> None:
     """Prepare the layer for being computed with: it shall hold and give the same at every call."""
+
+
+@singledispatch
+def allocate(layer: nn.Module, empty: Callable[[Tensor], Tensor]) -> None:
+    """Give a layer that was built on the meta device memory, values not set, as it is trained on.
+
+    Args:
+        layer: Its own tensors are replaced, those of its children are not.
+        empty: Returns a tensor like the one it is given, with memory; the same for the same.
+    """
+    own: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
+    for tensors in own:
+        tensors.update({k: empty(t) for k, t in tensors.items() if t is not None})
 
 
 @singledispatch

@@ -1,0 +1,149 @@
+"""How much memory a training step takes, and how large a micro-batch may be."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
+
+from lit_adapters.memory_trace import CATEGORIES, Category, Peak
+from lit_adapters.rehearsal import Rehearsal
+
+FEW, MORE = 3, 4  # groups of layers in the two runs that tell of all
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training step.
+
+    Attributes:
+        peak: The most that is held at one time.
+        parts: What the peak is made of.
+        largest: The most of each kind, at its own time. Base, adapter, gradients and optimizer are
+            counted tensor by tensor.
+        stage: When the peak is: forward, loss, backward or step.
+    """
+
+    peak: int
+    parts: dict[Category, int]
+    largest: dict[Category, int]
+    stage: str
+
+
+def estimate(rehearsal: Rehearsal, batch_size: int | None = None) -> Estimate:
+    """Return the memory of a step with this micro-batch, or with that of the training.
+
+    Where a model repeats equal layers, steps of three and of four of them are run: what is held at
+    corresponding moments lies on a straight line over their number.
+
+    Raises:
+        RuntimeError: if the model decides about shapes by numbers, which there are none of.
+    """
+    size = batch_size or rehearsal.training.batch_size
+    stack, period = repeated_layers(rehearsal.model)
+    count = len(stack) // period
+    try:
+        if count <= MORE:
+            return _summary(rehearsal.run(size, _groups(stack, period)))
+        with _first(stack, FEW * period):
+            few = rehearsal.run(size, _groups(stack, period))
+        with _first(stack, MORE * period):
+            more = rehearsal.run(size, _groups(stack, period))
+    except (DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+        raise RuntimeError(
+            f"{type(rehearsal.model).__name__} cannot be estimated: it computes {error}, whose "
+            "shape depends on numbers; measure a short fit instead (--trainer.max_steps=3 logs "
+            "memory/peak_mb)"
+        ) from error
+    return _summary(_extrapolated(few, more, count))
+
+
+def largest_batch(rehearsal: Rehearsal, memory: int) -> int:
+    """Return the largest micro-batch whose peak is at most ``memory`` bytes; 0 if there is none.
+
+    The peak is about a straight line over the batch size: each guess lies on the line through the
+    bounds found so far.
+    """
+    peaks = {n: estimate(rehearsal, n).peak for n in {1, max(2, rehearsal.training.batch_size)}}
+    if peaks[1] > memory:
+        return 0
+    while True:
+        fits = max(n for n in peaks if peaks[n] <= memory)
+        over = min((n for n in peaks if peaks[n] > memory), default=None)
+        low, high = (fits, over) if over else sorted(peaks)[-2:]
+        slope = max(1.0, (peaks[high] - peaks[low]) / (high - low))
+        guess = int(low + (memory - peaks[low]) / slope)
+        if guess <= fits:
+            return fits
+        guess = min(guess, over - 1 if over else 8 * high)
+        peaks[guess] = estimate(rehearsal, guess).peak
+
+
+def repeated_layers(model: nn.Module) -> tuple[nn.ModuleList, int]:
+    """Return the longest list of layers, and after how many of them they repeat."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    stack = max(lists, key=len, default=nn.ModuleList())
+    kinds = [_kind(layer) for layer in stack]
+    count = len(kinds)
+    periods = (p for p in range(1, count) if count % p == 0 and kinds[p:] == kinds[:-p])
+    return stack, next(periods, max(1, count))
+
+
+def _kind(layer: nn.Module) -> Any:
+    """All that tells layers apart, but their numbers."""
+    plain = (bool, int, float, str, type(None))
+    return [
+        (
+            name,
+            type(module),
+            {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"},
+            [(k, p.shape, p.dtype, p.requires_grad) for k, p in module.named_parameters()],
+        )
+        for name, module in layer.named_modules()
+    ]
+
+
+def _groups(stack: nn.ModuleList, period: int) -> list[list[nn.Module]]:
+    layers = list(stack)
+    return [layers[start : start + period] for start in range(0, len(layers), period)]
+
+
+@contextmanager
+def _first(stack: nn.ModuleList, count: int) -> Iterator[None]:
+    """Leave out all layers but the first ones."""
+    whole = stack._modules
+    stack._modules = dict(list(whole.items())[:count])
+    try:
+        yield
+    finally:
+        stack._modules = whole
+
+
+def _extrapolated(few: dict[Any, Peak], more: dict[Any, Peak], groups: int) -> dict[Any, Peak]:
+    """Return the peaks of all layers from those of `FEW` and `MORE` groups of them."""
+
+    def line(first: int, second: int) -> int:
+        return first + (second - first) // (MORE - FEW) * (groups - FEW)
+
+    def lines(first: dict[Category, int], second: dict[Category, int]) -> dict[Category, int]:
+        return {key: line(first[key], second[key]) for key in CATEGORIES}
+
+    return {
+        part: Peak(
+            line(few[part].total, more[part].total),
+            lines(few[part].parts, more[part].parts),
+            lines(few[part].largest, more[part].largest),
+        )
+        for part in few.keys() & more.keys()
+    }
+
+
+def _summary(peaks: dict[Any, Peak]) -> Estimate:
+    part, peak = max(peaks.items(), key=lambda item: item[1].total)
+    largest = {key: max(p.largest[key] for p in peaks.values()) for key in CATEGORIES}
+    return Estimate(peak.total, peak.parts, largest, part[0])
