@@ -14,6 +14,7 @@ from lit_adapters.callbacks import GaLore
 from lit_adapters.initialisers import Initialiser, RewritesBase
 from lit_adapters.memory_trace import MemoryTrace
 from lit_adapters.module import AdapterFineTuneModule
+from lit_adapters.precision import base_dtype, compute_dtype
 from lit_adapters.weights import allocate, settle
 
 
@@ -59,13 +60,14 @@ class Shapes(AdapterFineTuneModule):
         if self.adapter.reads_text:
             _ = self.tokenizer  # while it is known whose
         base, self.base = self.base, None
+        precision = self._trainer.precision  # type: ignore[union-attr]
         self.model = empty_base(
             base,
-            self._base_dtype(),
+            base_dtype(self.dtype_of_base, precision),
             self.revision,
             self.attn_implementation,
             self.quantization,
-            self._compute_dtype(),
+            compute_dtype(self.dtype_of_base, precision),
         )
         made: dict[int, tuple[Tensor, Tensor]] = {}  # also the first: an id is of what lives
 

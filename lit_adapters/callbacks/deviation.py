@@ -17,7 +17,8 @@ def deviation(earlier: Sequence[tuple[float, float]], loss: float, weight: float
     Each loss is expected to be the median of the few before it, which follows a loss that falls.
     The standard deviation is the larger of what two things say of a normal distribution: the median
     of the window's second differences, in which a steep fall does not show, and the largest error
-    of such an expectation in it, so that heavy tails count. All in logarithms if losses are positive, since noise falls with the loss; else relative to the median.
+    of such an expectation in it, so that heavy tails count. All in logarithms if losses are
+    positive, since noise falls with the loss; else relative to the median.
     A step of less than the usual weight may deviate more, by the square root. Two high losses in a
     row tell more than one: then the lower counts times the root of 2, if that is more.
 
