@@ -63,7 +63,7 @@ class SpikeGuard(Callback):
         self,
         action: Literal["warn", "skip", "lower-lr", "restore"] = "warn",
         window: int = 100,
-        threshold: float = 4.25,
+        threshold: float = 4.5,
         factor: float = 0.3,
         patience: int = 0,
         limit: int = 3,
