@@ -65,7 +65,7 @@ def plot(runs: list[Run], file: Path) -> None:
             shape = "s" if dash == "--" else "o"
             right.plot(size, math.exp(run["loss"]), shape, color=color, markersize=5)
         right.annotate(f" {label}", (size, math.exp(own[0]["loss"])), fontsize=8)
-    left.set(xlabel="optimizer step", ylabel="train loss (nats per token)", yscale="log")
+    left.set(xlabel="optimizer step", ylabel="train loss (nats per token)")
     right.set(xlabel="weights and optimizer state (MB)", ylabel="held-out perplexity")
     right.margins(x=0.2)
     for axes in (left, right):
