@@ -150,8 +150,9 @@ def test_more_steps_than_there_is_text_are_refused(benchmark, blocks, monkeypatc
 def test_held_out_paragraphs_are_not_trained_on(benchmark, monkeypatch, tmp_path):
     example = importlib.import_module("pretrain_tiny_base")
     words = [f"{a}{b}" for a in ("red", "old", "wet", "low") for b in ("fox", "owl", "elk", "ant")]
-    written = {f"Here the {a} and the {b} meet once again." for a in words for b in words}
-    (tmp_path / "a.py").write_text('"""' + "\n\n".join(written) + '"""')
+    ends = ("once again", "at noon", "in the snow", "far from here")
+    written = {f"Here the {a} and the {b} meet {e}." for a in words for b in words for e in ends}
+    (tmp_path / "a.py").write_text('"""' + "\n\n".join(sorted(written)) + '"""')
     source = example.Source("a", "1", "MIT", tmp_path)
     monkeypatch.setattr(example, "find_sources", lambda packages: [source])
     with Progress(disable=True) as progress:
