@@ -104,7 +104,7 @@ def built_with_shapes(training: Training, trace: MemoryTrace) -> Shapes:
     module = like(training.module, Shapes)
     assert isinstance(module, Shapes)
     module._trace = trace
-    stub: Any = SimpleNamespace(precision=training.precision, callbacks=[])
+    stub: Any = SimpleNamespace(precision=training.precision, callbacks=[], lr_scheduler_configs=[])
     module._trainer = stub  # what the module asks about
     module.configure_model()
     with trace:
