@@ -29,7 +29,7 @@ def keep_rows_apart(model: nn.Module) -> str | None:
     reason = _obstacle(model)
     if reason is not None:
         return reason
-    own = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    own = _implementation(model)
     native = own.startswith(NATIVE)
     switch: Any = model.set_attn_implementation
     switch(BLOCKWISE["sdpa" if native else own])
@@ -42,6 +42,12 @@ def keep_rows_apart(model: nn.Module) -> str | None:
     return reason
 
 
+def _implementation(model: Any) -> str:
+    """Attention as transformers calls it, whether or not it is already ours that runs."""
+    named = str(model.config._attn_implementation)
+    return next((own for own, ours in BLOCKWISE.items() if ours == named), named)
+
+
 def _obstacle(model: Any) -> str | None:
     """Return what is known without running the model."""
     config = getattr(model, "config", None)
@@ -49,7 +55,7 @@ def _obstacle(model: Any) -> str | None:
         return f"{type(model).__name__} is no model of transformers"
     if getattr(config, "is_encoder_decoder", False):
         return "the model has an encoder"
-    own = str(config._attn_implementation)
+    own = _implementation(model)
     if own not in BLOCKWISE and not own.startswith(NATIVE):
         return f"attention {own!r} is not known to keep sequences apart"
     if not model._can_set_attn_implementation():

@@ -35,6 +35,7 @@ from lit_adapters.attachment import adapted_layers
 from lit_adapters.callbacks import init
 from lit_adapters.data import collate
 from lit_adapters.gradients import mean_loss
+from lit_adapters.packed_rows import keep_rows_apart
 from tests.data.word_tokenizer import word_tokenizer
 from tests.models import gpt2, llama
 from tests.test_module import Memory
@@ -271,6 +272,7 @@ def test_training_is_that_of_a_run_started_by_hand(source, material, tmp_path, m
     seed_everything(7, verbose=False)
     model, again = base(), Seen()
     attach(model, SPEC)
+    keep_rows_apart(model)  # the batches of the data module are packed
     initialise(model, LoRAGA(), taken)
     by_hand = ours(model, loss="full")
     trainer = make_trainer(tmp_path, [again], max_steps=9, max_epochs=-1)

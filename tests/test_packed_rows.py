@@ -216,6 +216,16 @@ def test_generation_and_padded_batches_are_as_before():
         torch.testing.assert_close(before[0], after[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "eager"])
+def test_a_model_can_be_asked_again(name):
+    """A second module around the same model."""
+    model = MODELS[name]()
+    assert keep_rows_apart(model) is None
+    named = model.config._attn_implementation
+    assert keep_rows_apart(model) is None
+    assert model.config._attn_implementation == named
+
+
 def test_the_name_of_the_attention_is_not_saved(tmp_path):
     model = llama()
     assert keep_rows_apart(model) is None
