@@ -1,12 +1,12 @@
 """Instruction data for a Lightning trainer, resumable in the middle of an epoch."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from lit_adapters.adapters import AdapterSpec
 from lit_adapters.base_model import load_tokenizer
 from lit_adapters.data import (
     BatchLoader,
+    Corpus,
     EvalOrder,
     Example,
     FormatName,
@@ -22,27 +23,19 @@ from lit_adapters.data import (
     Overlong,
     Prompting,
     PromptLoader,
-    Records,
     SplitName,
-    Splits,
     Tokens,
     TrainOn,
     TrainOrder,
-    choose_format,
-    complete_splits,
     is_hub_id,
+    kept_tokens,
     prompt_ids,
     read_hub,
-    read_splits,
     sequences,
-    shares,
-    source_names,
-    to_examples,
     tokenise,
-    weights_of,
-    why,
 )
 from lit_adapters.data.cache import FOLDER, once
+from lit_adapters.fit_loaders import FitLoader, FitStream
 
 Batching = Literal["auto", "packed", "padded"]
 
@@ -55,24 +48,6 @@ _STAGES: Mapping[str | None, tuple[SplitName, ...]] = {
 }
 
 
-class FitLoader(BatchLoader):
-    """Training batches that begin where the trainer's own progress says.
-
-    The trainer counts the batches that were trained; a loader could only count those it handed
-    out, which is one more when a step failed.
-    """
-
-    trainer: Trainer | None = None
-
-    def start(self) -> tuple[int, int]:
-        """Return the trainer's epoch and the batches of it that were trained."""
-        if self.trainer is None or self.trainer.train_dataloader is not self:
-            return super().start()  # iterated by hand
-        loop = self.trainer.fit_loop
-        epoch = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        return epoch, loop.epoch_loop.batch_progress.current.ready
-
-
 class InstructionDataModule(LightningDataModule):
     """Prompts and responses from a file, a folder or the hub, tokenised once.
 
@@ -83,6 +58,7 @@ class InstructionDataModule(LightningDataModule):
 
     The sequences of a batch are packed, one behind the other in a single row, if the trainer's
     module says that its model keeps them apart (`packing_obstacle` is None); else they are padded.
+    Several sources are evaluated each by itself and together.
     """
 
     def __init__(
@@ -104,6 +80,8 @@ class InstructionDataModule(LightningDataModule):
         task_prompt: str = "",
         train_on: TrainOn = "all",
         cache_dir: str | None = "auto",
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
     ) -> None:
         """Settings only; nothing is read before it is needed.
 
@@ -143,6 +121,10 @@ class InstructionDataModule(LightningDataModule):
             train_on: all answers of a conversation, the last, or everything, prompts included.
             cache_dir: Where the tokens of larger data (from 2 million characters on) are kept for
                 the next run. "auto" is a folder in the cache of Hugging Face; null keeps none.
+            streaming: Read and tokenise training records while training, for data that fits
+                neither memory nor disk. Statistics are then of the first thousand, and a val_size
+                must be a count. A trainer needs max_steps, since nobody knows the length.
+            shuffle_buffer: Examples of a stream that are shuffled together.
         """
         super().__init__()
         if train_limit is not None and train_limit < 1:
@@ -167,52 +149,55 @@ class InstructionDataModule(LightningDataModule):
         self.overlong: Overlong = overlong
         self.num_workers = num_workers
         self.train_limit = train_limit
-        self.prompting = Prompting(template, task_prompt, train_on)
-        weights = weights_of(path)
-        self.sources = dict(zip(source_names(list(weights)), weights, strict=True))
         self.cache_dir = cache_dir
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        self.corpus = Corpus(
+            path,
+            format,
+            Prompting(template, task_prompt, train_on),
+            val_size,
+            seed,
+            train_limit,
+            streaming,
+            rank_zero_info,
+        )
         self.reports: dict[str, LengthReport] = {}
-        self._splits: dict[str, Splits] | None = None
-        self._formats: dict[str, FormatName] = {}
         self._tokens: dict[str, list[Tokens]] = {}
         self._tokenised_with: PreTrainedTokenizerBase | None = None
         self._padding_explained = False
 
     def prepare_data(self) -> None:
         """Download a hub data set into the cache, once per machine."""
-        for path in self.sources.values():
+        for path in [] if self.streaming else self.corpus.sources.values():
             if is_hub_id(path):
                 read_hub(path)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what a stage needs and is not there yet; report lengths."""
         for split in _STAGES[stage]:
-            self._tokenised(split)
+            self.tokens(split)
 
     def examples(self, split: SplitName) -> list[Example]:
         """Return the prompts and responses of a split, source after source.
 
         Needs a trainer or a tokenizer for conversations only.
         """
-        found = []
-        for source, splits in self._records().items():
-            format = self._formats[source]
-            tokenizer = self._known_tokenizer()
-            with self._naming(split, source):
-                found += to_examples(splits[split], format, source, self.prompting, tokenizer)
-        return found
+        return self.corpus.examples(split, self._known_tokenizer())
 
     def tokens(self, split: SplitName) -> list[Tokens]:
         """Return the tokenised examples of a split, those that were kept."""
-        return self._tokenised(split)
+        return [one for source in self._parts(split) for one in self._tokenised(split, source)]
 
     def sequences(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Return the sequences of a packed or padded batch: `input_ids` and `labels`, 1-D."""
         return sequences(batch)
 
-    def train_dataloader(self) -> FitLoader:
+    def train_dataloader(self) -> FitLoader | FitStream:
         """Return the shuffled training batches of this device."""
         tokens = self._fitting("train")
+        if self.streaming:
+            return self._train_stream()
         order = TrainOrder(
             lengths=[len(example["input_ids"]) for example in tokens],
             batch_size=self.batch_size,
@@ -226,14 +211,17 @@ class InstructionDataModule(LightningDataModule):
         loader.trainer = self.trainer
         return loader
 
-    def val_dataloader(self) -> BatchLoader | list[Any]:
-        """Return the validation batches of this device; an empty list if there are none."""
-        return self._eval_loader("validation") if self._tokenised("validation") else []
+    def val_dataloader(self) -> BatchLoader | dict[str, BatchLoader] | list[Any]:
+        """Return the validation batches of this device, those of several sources by their names.
 
-    def test_dataloader(self) -> BatchLoader:
+        An empty list if there are none.
+        """
+        return self._eval_loaders("validation") if self.tokens("validation") else []
+
+    def test_dataloader(self) -> BatchLoader | dict[str, BatchLoader]:
         """Return the test batches of this device, in the order of the data."""
         self._check_test()
-        return self._eval_loader("test")
+        return self._eval_loaders("test")
 
     def predict_dataloader(self) -> PromptLoader:
         """Return the prompts of the test split, whole, and in its order."""
@@ -244,14 +232,27 @@ class InstructionDataModule(LightningDataModule):
         return PromptLoader(examples, ids, order)
 
     def _check_test(self) -> None:
-        if not self._records()["test"]:
+        if not self.corpus.count("test"):
             raise ValueError(
-                f"{self._name} has neither a test nor a validation split and val_size is 0; "
+                f"{self.corpus.name} has neither a test nor a validation split and val_size is 0; "
                 "raise val_size, or add a split"
             )
 
-    def _eval_loader(self, split: SplitName) -> BatchLoader:
-        tokens = self._fitting(split)
+    def _parts(self, split: SplitName) -> list[str | None]:
+        """The sources that are looked at one by one; None for all together."""
+        several = split != "train" and len(self.corpus.sources) > 1
+        return list(self.corpus.sources) if several else [None]
+
+    def _eval_loaders(self, split: SplitName) -> BatchLoader | dict[str, BatchLoader]:
+        loaders = {
+            source: self._eval_loader(split, source)
+            for source in self._parts(split)
+            if self._tokenised(split, source)
+        }
+        return loaders.get(None) or {str(source): loader for source, loader in loaders.items()}
+
+    def _eval_loader(self, split: SplitName, source: str | None) -> BatchLoader:
+        tokens = self._fitting(split, source)
         lengths = [len(example["input_ids"]) for example in tokens]
         order = EvalOrder(lengths, self.batch_size, **self._budget(), **self._devices())
         return BatchLoader(tokens, order, self._pad_id(), **self._loading())
@@ -293,45 +294,40 @@ class InstructionDataModule(LightningDataModule):
         sharing = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         return {"rank": sharing.get("rank", 0), "devices": sharing.get("num_replicas", 1)}
 
-    def _records(self) -> dict[str, Splits]:
-        """The records of each source; those of train as often as its weight says."""
-        if self._splits is None:
-            found = {source: self._read(path) for source, path in self.sources.items()}
-            weights = weights_of(self.path).values()
-            sizes = [len(splits["train"]) for splits in found.values()]
-            chosen = shares(sizes, list(weights), self.seed)
-            for (source, splits), indices in zip(found.items(), chosen, strict=True):
-                before = len(splits["train"])
-                if len(indices) != before:
-                    rank_zero_info(
-                        f"{source}: each of {before} training records comes "
-                        f"{len(indices) / before:.2f} times an epoch"
-                    )
-                splits["train"] = splits["train"].take(indices)
-                self._formats[source] = self._format_of(splits["train"], self.sources[source])
-            self._splits = found
-        return self._splits
+    def _train_stream(self) -> FitStream:
+        order = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": not getattr(self.trainer, "overfit_batches", 0),
+            "group_by_length": self.group_by_length,
+            **self._budget(),
+            **self._devices(),
+        }
+        step = self.batch_size * order["devices"]
+        window = max(1, self.shuffle_buffer // step) * step
+        tokenizer = self._load_tokenizer()
+        encode = partial(
+            kept_tokens,
+            tokenizer=tokenizer,
+            max_length=self.max_length,
+            overlong=self.overlong,
+        )
+        examples = partial(self.corpus.stream, tokenizer=tokenizer, encode=encode)
+        loader = FitStream(examples, order, self._pad_id(), window, self._packs())
+        loader.trainer = self.trainer
+        return loader
 
-    def _read(self, path: str) -> Splits:
-        splits = complete_splits(read_splits(path), self.val_size, self.seed)
-        train = splits["train"]
-        splits["train"] = train.take(range(len(train))[: self.train_limit])
-        return splits
-
-    def _format_of(self, records: Records, path: str) -> FormatName:
-        name = choose_format(records, self.format, records.place(0))
-        if self.format == "auto":
-            rank_zero_info(f"{path}: format {name} ({why(name)})")
-        return name
-
-    def _tokenised(self, split: SplitName) -> list[Tokens]:
+    def _tokenised(self, split: SplitName, source: str | None = None) -> list[Tokens]:
+        """The tokens of a split, or of what one source gives to it."""
         tokenizer = self._load_tokenizer()
         if tokenizer is not self._tokenised_with:
             self._tokenised_with, self._tokens, self.reports = tokenizer, {}, {}
-        if split not in self._tokens:
+        name = split if source is None else f"{split}/{source}"
+        if name not in self._tokens:
             tokens: list[Tokens] = []
-            if examples := self.examples(split):
-                with self._naming(split):
+            examples = [e for e in self.examples(split) if source in (None, e.source)]
+            if examples:
+                with self.corpus.naming(split, source):
                     tokens, report = once(
                         tokenise,
                         examples,
@@ -341,44 +337,33 @@ class InstructionDataModule(LightningDataModule):
                         max_length=self.max_length,
                         overlong=self.overlong,
                     )
-                self.reports[split] = report
-                rank_zero_info(f"{self._name} ({split}): {report}")
+                self.reports[name] = report
+                path = self.corpus.name if source is None else self.corpus.sources[source]
+                rank_zero_info(f"{path} ({split}): {report}")
                 for logger in getattr(self.trainer, "loggers", []):
                     values = report.metrics().items()
-                    logger.log_metrics({f"data/{split}/{key}": v for key, v in values}, step=0)
-            self._tokens[split] = tokens
-        return self._tokens[split]
-
-    @property
-    def _name(self) -> str:
-        return ", ".join(self.sources.values())
-
-    @contextmanager
-    def _naming(self, split: SplitName, source: str | None = None) -> Iterator[None]:
-        """Let an error begin with the data it is about, unless it names its place already."""
-        name = self._name if source is None else self.sources[source]
-        try:
-            yield
-        except ValueError as error:
-            if name in str(error):
-                raise
-            raise ValueError(f"{name} ({split}): {error}") from error
+                    logger.log_metrics({f"data/{name}/{key}": v for key, v in values}, step=0)
+            self._tokens[name] = tokens
+        return self._tokens[name]
 
     def _cache_folder(self) -> Path | None:
         if self.cache_dir == "auto":
             return FOLDER
         return None if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
-    def _fitting(self, split: SplitName) -> list[Tokens]:
+    def _fitting(self, split: SplitName, source: str | None = None) -> list[Tokens]:
         """The tokens of a split, all within the context of the model, if it is known."""
-        tokens = self._tokenised(split)
+        tokens = self._tokenised(split, source)
         longest = max((len(example["input_ids"]) for example in tokens), default=0)
         context = self._context()
+        streamed = self.streaming and split == "train"
+        longest = self.max_length if streamed else longest  # of which the stream may hold some
         if context is not None and longest > context:
+            has = "may have" if streamed else "has"
             raise ValueError(
-                f"{self._name} ({split}): the longest example has {longest} tokens (max_length is "
-                f"{self.max_length}), but the model reads {context} at most; set max_length to "
-                f"{context} or less"
+                f"{self.corpus.name} ({split}): the longest example {has} {longest} tokens "
+                f"(max_length is {self.max_length}), but the model reads {context} at most; set "
+                f"max_length to {context} or less"
             )
         return tokens
 

@@ -48,6 +48,7 @@ FLOORS = {
     "export.py": 5,
     "module.py": 5,
     "datamodule.py": 5,
+    "fit_loaders.py": 5,
     "callbacks/": 5,
     "evaluation.py": 5,
     "generation.py": 5,

@@ -4,12 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from lit_adapters import AdapterFineTuneModule, LoRA
 from lit_adapters.datamodule import InstructionDataModule
 from tests.data.chat_templates import QWEN, chat_tokenizer
 from tests.data.word_tokenizer import word_tokenizer
-from tests.test_datamodule import Recorder, make_trainer
+from tests.models import llama
+from tests.test_datamodule import Recorder, every_step, make_trainer
+
+# The runs that resume here write no checkpoints of their own.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = SHARED / "data"
@@ -36,7 +43,7 @@ def test_a_list_of_sources_is_read_after_each_other_and_each_by_its_format(two, 
         f"{two[0]}: format prompt_completion (the first record has 'prompt' and 'completion')",
         f"{two[1]}: format alpaca (the first record has 'instruction' and 'output')",
     ]
-    assert data.sources == {"pairs": two[0], "tasks": two[1]}
+    assert data.corpus.sources == {"pairs": two[0], "tasks": two[1]}
     for split, counts in (("train", (19, 4)), ("validation", (1, 1)), ("test", (1, 1))):
         examples, tokens = data.examples(split), data.tokens(split)
         expected = ["pairs"] * counts[0] + ["tasks"] * counts[1]
@@ -49,9 +56,10 @@ def test_weights_are_of_the_training_records_alone(two, caplog):
     data = InstructionDataModule(weights, tokenizer=word_tokenizer(), val_size=1)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         data.setup("fit")
-    assert [sum(e.source == s for e in data.examples("train")) for s in data.sources] == [19, 19]
+    sources = [example.source for example in data.examples("train")]
+    assert [sources.count(source) for source in data.corpus.sources] == [19, 19]
     assert len(data.examples("validation")) == 2
-    assert "tasks: each of 4 training records comes 4.75 times an epoch" in caplog.text
+    assert "tasks: each of 4 training records comes 4.75 times" in caplog.text
     assert data.hparams["path"] == weights
     assert (
         "source" not in InstructionDataModule(two[0], tokenizer=word_tokenizer()).tokens("train")[0]
@@ -130,6 +138,97 @@ def test_a_template_file_is_an_option(tmp_path):
 def test_wrong_options_are_refused_before_anything_is_read(settings, message):
     with pytest.raises(ValueError, match=message):
         InstructionDataModule(**settings)
+
+
+# ---------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def long(tmp_path):
+    file = tmp_path / "long.jsonl"
+    records = [{"prompt": "ab"[i % 2], "completion": "c " * (1 + i % 5)} for i in range(46)]
+    file.write_text("\n".join(map(json.dumps, records)))
+    return str(file)
+
+
+def stream(path, **settings):
+    return InstructionDataModule(
+        path, streaming=True, batch_size=4, val_size=4, shuffle_buffer=16, **settings
+    )
+
+
+def test_a_stream_resumes_with_the_very_next_batch(long, tmp_path):
+    whole, folder = Recorder(), tmp_path / "checkpoints"
+    make_trainer(tmp_path, [every_step(folder)], max_epochs=2).fit(whole, stream(long))
+    assert len(whole.seen) == 2 * 11
+    for file in sorted(folder.glob("*.ckpt"))[::2]:
+        done = torch.load(file, weights_only=True)["trained_batches"]
+        rest = Recorder()
+        make_trainer(tmp_path, max_epochs=2).fit(rest, stream(long), ckpt_path=file)
+        # Where the first epoch was over, Lightning goes on counting its batches in the second.
+        assert [(epoch, rows) for epoch, _, rows in rest.seen] == [
+            (epoch, rows) for epoch, _, rows in whole.seen[done:]
+        ], file.name
+
+
+class Watching(Callback):
+    """Keeps the batches that are trained on."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch["input_ids"].tolist())
+
+
+def test_our_own_module_resumes_a_stream_though_it_asks_for_the_data_early(long, tmp_path):
+    """It asks for the number of steps, for which Lightning begins to read before it resumes."""
+
+    folder = tmp_path / "checkpoints"
+
+    def fit(callbacks=(), **resume):
+        torch.manual_seed(0)
+        watching = Watching()
+        module = AdapterFineTuneModule(llama(), LoRA(rank=2), tokenizer=word_tokenizer())
+        trainer = make_trainer(tmp_path, [watching, *callbacks], max_steps=14)
+        trainer.fit(module, stream(long, max_length=64), **resume)
+        return watching.seen
+
+    whole = fit([every_step(folder)])
+    assert len(whole) == 14
+    for step in (1, 5, 11, 12):  # the eleventh ends the first epoch
+        assert fit(ckpt_path=folder / f"step={step}.ckpt") == whole[step:], step
+
+
+def test_the_first_records_of_a_stream_are_for_validation(long, tmp_path):
+    data = stream(long, tokenizer=word_tokenizer())
+    data.setup()
+    lines = [json.loads(line) for line in Path(long).read_text().splitlines()]
+    assert [e.response for e in data.examples("validation")] == [
+        line["completion"] for line in lines[:4]
+    ]
+    assert len(data.examples("train")) == 42
+    rows = sum(batch["input_ids"].shape[0] for batch in data.train_dataloader())
+    assert rows == 42
+    limited = stream(long, tokenizer=word_tokenizer(), train_limit=9)
+    assert sum(batch["input_ids"].shape[0] for batch in limited.train_dataloader()) == 9
+
+
+def test_streams_are_mixed_by_weight_and_the_same_every_time(long, two, tmp_path):
+    weights = {long: 1, two[0]: 1}
+    runs = []
+    for _ in range(2):
+        data = stream(weights, tokenizer=word_tokenizer())
+        runs.append([batch["input_ids"].tolist() for batch in data.train_dataloader()])
+    assert runs[0] == runs[1]
+    assert sum(map(len, runs[0])) >= 2 * 42 - 20
+    assert set(data.corpus.sources) == {"long", "pairs"}
+
+
+def test_a_share_of_a_stream_cannot_be_held_out(long):
+    data = InstructionDataModule(long, streaming=True, tokenizer=word_tokenizer())
+    with pytest.raises(ValueError, match=r"val_size 0.05 is no count of records, and nobody knows"):
+        data.setup("fit")
 
 
 # ---------------------------------------------------------------- real files

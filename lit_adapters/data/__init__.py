@@ -2,6 +2,7 @@
 
 from lit_adapters.data.batches import Batch, EvalOrder, TrainOrder, collate, sequences
 from lit_adapters.data.chat import ChatTemplate
+from lit_adapters.data.corpus import Corpus
 from lit_adapters.data.examples import Conversation, Example, TrainOn, Turn
 from lit_adapters.data.fields import Record
 from lit_adapters.data.formats import FORMATS, FormatName, choose_format, why
@@ -10,23 +11,27 @@ from lit_adapters.data.prompts import PromptLoader, PromptRow
 from lit_adapters.data.records import Records, SplitName, Splits, is_hub_id, read_hub, read_splits
 from lit_adapters.data.sources import shares, source_names, weights_of
 from lit_adapters.data.splits import complete_splits, hold_out
+from lit_adapters.data.streaming import CHUNK, StreamLoader, gathered, mixed, part, stream
 from lit_adapters.data.templates import Prompting, alpaca_prompt, to_examples
 from lit_adapters.data.tokens import (
     IGNORED,
     LengthReport,
     Overlong,
     Tokens,
+    kept_tokens,
     prompt_ids,
     tokenise,
 )
 
 __all__ = [
+    "CHUNK",
     "FORMATS",
     "IGNORED",
     "Batch",
     "BatchLoader",
     "ChatTemplate",
     "Conversation",
+    "Corpus",
     "EvalOrder",
     "Example",
     "FormatName",
@@ -39,6 +44,7 @@ __all__ = [
     "Records",
     "SplitName",
     "Splits",
+    "StreamLoader",
     "Tokens",
     "TrainOn",
     "TrainOrder",
@@ -47,14 +53,19 @@ __all__ = [
     "choose_format",
     "collate",
     "complete_splits",
+    "gathered",
     "hold_out",
     "is_hub_id",
+    "kept_tokens",
+    "mixed",
+    "part",
     "prompt_ids",
     "read_hub",
     "read_splits",
     "sequences",
     "shares",
     "source_names",
+    "stream",
     "to_examples",
     "tokenise",
     "weights_of",

@@ -8,12 +8,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_adapters.data.encoding import decode
 from lit_adapters.data.fields import Record
-from lit_adapters.data.tables import TABLES, read_csv, read_saved, read_table, was_saved
+from lit_adapters.data.tables import TABLES, csv_rows, read_saved, table_rows, was_saved
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -88,7 +89,15 @@ def is_hub_id(path: str) -> bool:
 
 def read_folder(folder: Path) -> Splits:
     """Read the files of `folder` that are named after a split, in one piece or in shards."""
-    splits: Splits = {}
+    return {
+        split: _joined([read_file(file) for file in files], folder)
+        for split, files in split_files(folder).items()
+    }
+
+
+def split_files(folder: Path) -> dict[SplitName, list[Path]]:
+    """Return the files of each split, shards in their order; there is always a train."""
+    splits: dict[SplitName, list[Path]] = {}
     files = sorted(file for file in folder.iterdir() if file.is_file())
     for split in SPLITS:
         pattern = re.compile(rf"{split}(?:{_SHARD})?({'|'.join(map(re.escape, _SUFFIXES))})")
@@ -98,7 +107,7 @@ def read_folder(folder: Path) -> Splits:
             also = ", ".join(file.name for file in named)
             raise ValueError(f"{folder} holds {split} twice ({also}); remove one")
         if named:
-            splits[split] = _joined([read_file(file) for file in named], folder)
+            splits[split] = named
     if "train" not in splits:
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
         raise FileNotFoundError(
@@ -123,7 +132,7 @@ def read_file(file: Path) -> Records:
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty; expected at least one record")
     if file.suffix in TABLES:
-        records = Records(read_table(file), str(file))
+        records = Records(table_rows(file), str(file))
     else:
         records = _read_text(file, decode(file, file.read_bytes()))
     if not records:
@@ -138,18 +147,20 @@ def _read_text(file: Path, text: str) -> Records:
         return _parse_list(file, text)
     if file.suffix == ".jsonl":
         return _parse_lines(file, text)
-    lines, rows = read_csv(file, text)
-    return Records(rows, str(file), lines, "line")
+    rows = list(csv_rows(file, StringIO(text, newline="")))
+    return Records((row for _, row in rows), str(file), [line for line, _ in rows], "line")
 
 
 def _parse_lines(file: Path, text: str) -> Records:
     lines = text.split("\n")  # not splitlines(): it also splits at U+2028, which JSON text may hold
     numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    records = (
-        _object(_parse(file, lines[number - 1], number), f"{file}, line {number}")
-        for number in numbers
-    )
+    records = (parse_line(file, lines[number - 1], number) for number in numbers)
     return Records(records, str(file), numbers, "line")
+
+
+def parse_line(file: Path, text: str, number: int) -> Record:
+    """Return the object of one line of a `.jsonl` file."""
+    return _object(_parse(file, text, number), f"{file}, line {number}")
 
 
 def _parse_list(file: Path, text: str) -> Records:
@@ -191,7 +202,12 @@ def _object(value: Any, where: str) -> Record:
 
 
 def read_hub(hub_id: str) -> Splits:
-    """Read `owner/name` or `owner/name:config` from the Hugging Face hub, or from its cache.
+    """Read `owner/name` or `owner/name:config` from the Hugging Face hub, or from its cache."""
+    return _named(load_hub(hub_id), hub_id)
+
+
+def load_hub(hub_id: str, streaming: bool = False) -> Mapping[str, Iterable[Record]]:
+    """Return the splits of a data set of the hub, to be read; streamed, nothing is stored.
 
     Only data files are read: the `datasets` versions we accept run no script of a repository
     unless told to trust it, and we never do.
@@ -200,7 +216,7 @@ def read_hub(hub_id: str) -> Splits:
     try:
         from datasets import load_dataset
 
-        loaded = load_dataset(name, config or None)
+        loaded = load_dataset(name, config or None, **({"streaming": True} if streaming else {}))
     except ImportError as error:
         raise ValueError(
             f"{hub_id!r} is no local file or folder ({_near_names(Path(hub_id))}), and reading a "
@@ -211,7 +227,7 @@ def read_hub(hub_id: str) -> Splits:
             f"{hub_id!r} is neither a local file or folder ({_near_names(Path(hub_id))}) "
             f"nor a data set the hub could give ({error})"
         ) from error
-    return _named(loaded, hub_id)
+    return loaded
 
 
 def _named(loaded: Mapping[str, Iterable[Record]], name: str) -> Splits:

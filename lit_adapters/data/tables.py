@@ -1,10 +1,9 @@
 """Tables: CSV by the standard library, so that a text stays a text; the rest by `datasets`."""
 
 import csv
-from collections.abc import Iterable, Mapping
-from io import StringIO
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lit_adapters.data.fields import Record
 
@@ -12,20 +11,17 @@ TABLES = (".parquet", ".arrow")
 _DATA_SET, _DATA_SETS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes
 
 
-def read_csv(file: Path, text: str) -> tuple[list[int], list[Record]]:
-    """Read comma- (`.tsv`: tab-) separated rows under a line of names; every value is a text.
+def csv_rows(file: Path, text: TextIO) -> Iterator[tuple[int, Record]]:
+    """Yield the rows under a line of names, separated by commas or, in a `.tsv`, by tabs.
 
-    Returns:
-        The line on which each row ends, and the rows.
+    Every value is a text. With each row comes the line on which it ends.
 
     Raises:
         ValueError: A row has another number of fields than there are names, or quotes are wrong.
     """
     delimiter = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # its default of 131,072 is less than a long answer
-    reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    lines: list[int] = []
-    rows: list[Record] = []
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
         if len(set(names)) < len(names) or not all(name.strip() for name in names):
@@ -33,34 +29,29 @@ def read_csv(file: Path, text: str) -> tuple[list[int], list[Record]]:
                 f"{file}, line 1: the names {names} are not all there and different; the first "
                 "line names the fields, such as instruction,input,output"
             )
-        for row in reader:
-            if not row:
-                continue
+        for row in filter(None, reader):
             if len(row) != len(names):
                 raise ValueError(
                     f"{file}, line {reader.line_num}: {len(row)} fields, but the first line names "
                     f"{len(names)} ({', '.join(names[:10])}); quote texts that hold "
-                    f"{'tabs' if delimiter == chr(9) else 'commas'} or line breaks"
+                    f"{'tabs' if file.suffix == '.tsv' else 'commas'} or line breaks"
                 )
-            lines.append(reader.line_num)
-            rows.append(dict(zip(names, row, strict=True)))
+            yield reader.line_num, dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise ValueError(
             f"{file}, line {reader.line_num}: malformed CSV ({error}); write a quote within a "
             'quoted text twice ("")'
         ) from None
-    return lines, rows
 
 
-def read_table(file: Path) -> Iterable[Record]:
-    """Read a Parquet or Arrow file, all of it."""
+def table_rows(file: Path) -> Iterator[Record]:
+    """Yield the records of a Parquet or Arrow file."""
+    kind = file.suffix.removeprefix(".")
     try:
         from datasets import load_dataset
 
-        kind = file.suffix.removeprefix(".")
         # Streamed, it is read where it is instead of being written into a cache first.
-        rows = load_dataset(kind, data_files=str(file), split="train", streaming=True)
-        return list(rows)
+        yield from load_dataset(kind, data_files=str(file), split="train", streaming=True)
     except ImportError as error:
         raise _needs_datasets(file, error) from error
     except (OSError, ValueError, RuntimeError) as error:

@@ -127,6 +127,17 @@ def tokenise(
     return kept, report
 
 
+def kept_tokens(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    max_length: int = 512,
+    overlong: Overlong = "truncate",
+) -> list[Tokens]:
+    """Tokenise a part of a split as `tokenise` does; that nothing is left of it is no error."""
+    before = leading_ids(tokenizer)
+    return _fit(_encode(examples, tokenizer, before), max_length, overlong, before)[0]
+
+
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
     """Return what the tokenizer puts before every text: usually BOS, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -17,6 +17,7 @@ from lit_adapters.data import (
     tokenise,
 )
 from tests.data.chat_templates import FAMILIES, MARKED, THINKING, chat_tokenizer
+from tests.data.word_tokenizer import word_tokenizer
 
 TEXT = st.text(st.sampled_from("ab. ,\n\tThe sea?é中🙂<|/[]>"), max_size=12).filter(
     lambda text: "<s>" not in text and "</s>" not in text
@@ -151,6 +152,21 @@ def test_reasoning_that_a_template_drops_later_is_trained_where_it_is_written():
     assert last == examples[1]
 
 
+def test_an_answer_to_a_prompt_that_is_written_otherwise_later_is_not_trained_there():
+    tokenizer = chat_tokenizer()
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} "
+        "{{ 'new' if loop.index > messages|length - (1 if add_generation_prompt else 2) "
+        "else 'old' }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant new\n{% endif %}"
+    )
+    with pytest.warns(UserWarning, match="several examples"):
+        first, second = ChatTemplate(tokenizer, template).examples(conversation(*TURNS))
+    assert "user new\nOne?" in first.prompt
+    assert "user old\nOne?" in second.prompt
+    assert second.trained == ()
+
+
 def test_generation_markers_decide_where_a_template_has_them():
     tokenizer = chat_tokenizer()
     (marked,) = ChatTemplate(tokenizer, MARKED).examples(conversation(*TURNS))
@@ -256,6 +272,21 @@ def test_what_a_template_refuses_is_an_error_in_its_words():
     record = conversation(("user", "a"), ("user", "b"), ("assistant", "c"))
     with pytest.raises(ValueError, match="refuses the conversation: user and assistant must take"):
         ChatTemplate(chat_tokenizer("mistral")).examples(record)
+
+
+@pytest.mark.parametrize(("head", "count"), [("", 0), ("{{ bos_token }}", 1)])
+@pytest.mark.parametrize("train_on", ["all", "everything"])
+def test_bos_comes_from_the_template_only(head, count, train_on):
+    """Of a tokenizer that would put one before every text."""
+    tokenizer = word_tokenizer()
+    template = head + "{% for m in messages %} {{ m.content }} {{ eos_token }}{% endfor %}"
+    (example,) = ChatTemplate(tokenizer, template).examples(
+        conversation(("user", "a b"), ("assistant", "c")), train_on=train_on
+    )
+    (tokens,) = tokens_of([example], tokenizer)
+    assert tokens["input_ids"].count(tokenizer.bos_token_id) == count
+    assert prompt_ids([example], tokenizer)[0].count(tokenizer.bos_token_id) == count
+    assert trained_text(tokenizer, tokens).endswith("c </s>")
 
 
 def test_a_text_that_spells_a_special_token_is_told():

@@ -1,0 +1,161 @@
+"""The examples of one or several sources: read, split, weighted and formatted."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from lit_adapters.data.examples import Example
+from lit_adapters.data.formats import FormatName, choose_format, why
+from lit_adapters.data.records import Records, SplitName, Splits, read_splits
+from lit_adapters.data.sources import shares, source_names, weights_of
+from lit_adapters.data.splits import complete_splits
+from lit_adapters.data.streaming import CHUNK, gathered, mixed, part, stream
+from lit_adapters.data.templates import Prompting, to_examples
+from lit_adapters.data.tokens import Tokens
+
+Sources = str | list[str] | dict[str, float]
+
+
+@dataclass
+class Corpus:
+    """Sources, and how their records become examples; nothing is read before it is needed.
+
+    Args:
+        path: As for `read_splits`; or a list of such, or a mapping of them to weights.
+        format: How records are read; "auto" decides for each source.
+        prompting: How conversations become text.
+        val_size: What to hold out of train where there is no validation split.
+        seed: Decides what is held out, and how sources are mixed.
+        train_limit: Records of each source to train on, at most.
+        streaming: Whether training records are read anew for every epoch.
+        log: Told which format was found, and how often the records of a source come.
+    """
+
+    path: Sources
+    format: FormatName = "auto"
+    prompting: Prompting = field(default_factory=Prompting)
+    val_size: int | float = 0.05
+    seed: int = 0
+    train_limit: int | None = None
+    streaming: bool = False
+    log: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self._weights = weights_of(self.path)
+        paths = list(self._weights)
+        self.sources = dict(zip(source_names(paths), paths, strict=True))
+        self._splits: dict[str, Splits] | None = None
+        self._formats: dict[str, FormatName] = {}
+        self._held: dict[str, int] = {}  # records at the start of a stream that are validation's
+
+    @property
+    def name(self) -> str:
+        """What messages call it: its paths."""
+        return ", ".join(self.sources.values())
+
+    def examples(self, split: SplitName, tokenizer: Any = None) -> list[Example]:
+        """Return the examples of a split, source after source; of a stream, the first of train.
+
+        Args:
+            split: The name of the split.
+            tokenizer: Needed for conversations only.
+        """
+        found = []
+        for source, splits in self._read_all().items():
+            found += self._formatted(splits[split], split, source, tokenizer)
+        return found
+
+    def count(self, split: SplitName) -> int:
+        """Return the number of records of a split, of all sources."""
+        return sum(len(splits[split]) for splits in self._read_all().values())
+
+    def stream(
+        self, epoch: int, tokenizer: Any, encode: Callable[[list[Example]], list[Tokens]]
+    ) -> Iterator[Tokens]:
+        """Yield the training examples of an epoch, each source in its order."""
+        self._read_all()
+        sources = [partial(self._streamed, source, tokenizer, encode) for source in self.sources]
+        seed = zlib.crc32(f"mixture, seed {self.seed}, epoch {epoch}".encode())
+        return mixed(sources, list(self._weights.values()), seed)
+
+    @contextmanager
+    def naming(self, split: SplitName, source: str | None = None) -> Iterator[None]:
+        """Let an error begin with the data it is about, unless it names its place already."""
+        name = self.name if source is None else self.sources[source]
+        try:
+            yield
+        except ValueError as error:
+            if name in str(error):
+                raise
+            raise ValueError(f"{name} ({split}): {error}") from error
+
+    def _formatted(
+        self, records: Records, split: SplitName, source: str, tokenizer: Any
+    ) -> list[Example]:
+        with self.naming(split, source):
+            return to_examples(records, self._formats[source], source, self.prompting, tokenizer)
+
+    def _read_all(self) -> dict[str, Splits]:
+        """The splits of each source; the records of train as often as its weight says."""
+        if self._splits is None:
+            read = self._head if self.streaming else self._whole
+            found = {source: read(source, path) for source, path in self.sources.items()}
+            if not self.streaming:  # a stream is mixed while it runs
+                self._weigh(found)
+            for source, splits in found.items():
+                self._formats[source] = self._format_of(splits["train"], self.sources[source])
+            self._splits = found
+        return self._splits
+
+    def _weigh(self, found: dict[str, Splits]) -> None:
+        sizes = [len(splits["train"]) for splits in found.values()]
+        chosen = shares(sizes, list(self._weights.values()), self.seed)
+        for (source, splits), indices in zip(found.items(), chosen, strict=True):
+            size = len(splits["train"])
+            if len(indices) != size:
+                times = len(indices) / size
+                self.log(f"{source}: each of {size} training records comes {times:.2f} times")
+            splits["train"] = splits["train"].take(indices)
+
+    def _format_of(self, records: Records, path: str) -> FormatName:
+        name = choose_format(records, self.format, records.place(0))
+        if self.format == "auto":
+            self.log(f"{path}: format {name} ({why(name)})")
+        return name
+
+    def _whole(self, source: str, path: str) -> Splits:
+        splits = complete_splits(read_splits(path), self.val_size, self.seed)
+        train = splits["train"]
+        splits["train"] = train.take(range(len(train))[: self.train_limit])
+        return splits
+
+    # --- streams ---------------------------------------------------------------------------------
+
+    def _head(self, source: str, path: str) -> Splits:
+        """The validation and test records of a stream, and the first of its training records."""
+        validation, test = gathered(stream(path, "validation")), gathered(stream(path, "test"))
+        if not validation and not (self.val_size >= 0 and self.val_size % 1 == 0):
+            raise ValueError(
+                f"val_size {self.val_size} is no count of records, and nobody knows the length of "
+                "a stream to hold out a share: give a count (the first ones), or 0, or add a "
+                "validation split"
+            )
+        self._held[source] = 0 if validation else int(self.val_size)
+        head = gathered(part(stream(path), 0, self._held[source] + CHUNK))
+        held = min(self._held[source], len(head))
+        train = head.take(range(held, len(head))[: self.train_limit])
+        if not train:
+            raise ValueError(f"{path} has no records left to train on; lower val_size ({held})")
+        validation = validation or head.take(range(held))
+        return {"train": train, "validation": validation, "test": test or validation}
+
+    def _streamed(
+        self, source: str, tokenizer: Any, encode: Callable[[list[Example]], list[Tokens]]
+    ) -> Iterator[Tokens]:
+        held = self._held[source]
+        stop = None if self.train_limit is None else held + self.train_limit
+        for records in part(stream(self.sources[source]), held, stop):
+            yield from encode(self._formatted(records, "train", source, tokenizer))
