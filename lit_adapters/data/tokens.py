@@ -223,8 +223,9 @@ def _continued(tokenizer: Tokenizer, example: Example) -> list[Piece]:
     before: list[int] = []
     for segment, trained in example.segments():
         text += segment
-        joined, alone = _ids(tokenizer, [text, segment])
-        ids = joined[len(before) :] if joined[: len(before)] == before else alone
+        (joined,) = _ids(tokenizer, [text])
+        continues = joined[: len(before)] == before
+        ids = joined[len(before) :] if continues else _ids(tokenizer, [segment])[0]
         before = before + ids
         pieces.append((ids, trained))
     return pieces
