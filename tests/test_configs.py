@@ -13,8 +13,8 @@ MAIN = CONFIGS / "alpaca_lora.yaml"
 METHODS = sorted(p.stem.removeprefix("alpaca_") for p in CONFIGS.glob("alpaca_*.yaml"))
 OVERLAYS = sorted(
     p.relative_to(CONFIGS).as_posix()
-    for folder in ("base", "data")
-    for p in (CONFIGS / folder).glob("*.yaml")
+    for pattern in ("base/*.yaml", "data/*.yaml", "metrics.yaml")
+    for p in CONFIGS.glob(pattern)
 )
 
 

@@ -205,6 +205,17 @@ def test_a_source_without_test_records_cannot_be_predicted(tmp_path):
         predict(tmp_path, make(), data)
 
 
+def test_other_loaders_are_refused_by_name(tmp_path):
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=[PredictionWriter()],
+        **{"enable_progress_bar": False, "enable_model_summary": False, "logger": False},
+    )
+    with pytest.raises(TypeError, match="prompts of an InstructionDataModule.*on a FitLoader"):
+        trainer.predict(make(), make_data(tmp_path, tokenizer=TOKENIZER).train_dataloader())
+
+
 RANK = """
 import json, sys, warnings
 from pathlib import Path

@@ -44,7 +44,11 @@ class PredictionWriter(Callback):
         """Leave out what a broken run has answered already."""
         loader = trainer.predict_dataloaders
         if not isinstance(loader, PromptLoader):
-            return  # a loader of the user's own, whose rows have no place in a split
+            raise TypeError(
+                "PredictionWriter writes the answers to the prompts of an InstructionDataModule; "
+                f"the trainer predicts on a {type(loader).__name__}. Leave the callback out and "
+                "take what trainer.predict returns, or let predict_dataloader return a PromptLoader"
+            )
         key = _key(trainer, pl_module, loader)
         file = Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
         self.parts = PredictionParts(file, key)

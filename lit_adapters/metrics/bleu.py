@@ -1,7 +1,6 @@
 """BLEU as sacrebleu computes it."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import regex
@@ -40,33 +39,33 @@ class BLEU(TextMetric):
     def scores(self, sums: Sequence[float], answers: int) -> list[float]:
         """Return the one score; orders that no answer is long enough for are left out."""
         *grams, ours, theirs = map(int, sums)
-        computed = self._class.compute_bleu(
+        computed = _sacrebleu().compute_bleu(
             grams[:ORDER], grams[ORDER:], ours, theirs, smooth_method="exp", effective_order=True
         )
         return [computed.score]
 
-    @cached_property
-    def _class(self) -> Any:
-        try:
-            import sacrebleu.metrics
-        except ImportError as error:
-            raise ImportError(
-                f"BLEU needs the package sacrebleu ({error}): pip install 'lit_adapters[eval]', or "
-                "take ROUGE, which needs nothing more"
-            ) from error
-        return sacrebleu.metrics.BLEU
-
     def _bleu(self, tokenizer: str) -> Any:
         if tokenizer not in self._by_tokenizer:
-            known = self._class.TOKENIZERS
+            known = _sacrebleu().TOKENIZERS
             if tokenizer not in known:
                 raise ValueError(
                     f"tokenize {tokenizer!r} is unknown; use auto or one of sacrebleu's: "
                     f"{', '.join(known)}"
                 )
-            made = self._class(tokenize=tokenizer, effective_order=True)
+            made = _sacrebleu()(tokenize=tokenizer, effective_order=True)
             self._by_tokenizer[tokenizer] = made
         return self._by_tokenizer[tokenizer]
+
+
+def _sacrebleu() -> Any:
+    try:
+        import sacrebleu.metrics
+    except ImportError as error:
+        raise ValueError(
+            f"BLEU needs the package sacrebleu ({error}): pip install 'lit_adapters[eval]', or "
+            "take ROUGE, which needs nothing more"
+        ) from error
+    return sacrebleu.metrics.BLEU
 
 
 def tokenizer_for(text: str) -> str:

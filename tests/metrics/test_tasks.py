@@ -1,7 +1,9 @@
 """Calls with slots, and numbers: what is equal is equal however it is written."""
 
+import json
 import random
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from lit_adapters.metrics import Answer, NumericAnswer, SlotF1, score, score_by_task
 from lit_adapters.metrics.numeric import final_number
 from lit_adapters.metrics.slots import parse
+
+GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
 names = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 values = st.none() | st.text(st.characters(exclude_characters="[]"), max_size=10)
@@ -120,6 +124,18 @@ def test_decimals_compare_by_value(number):
 def test_numeric_answers(prediction, right):
     answer = Answer("", prediction, "two hundred times five\n#### 1,000")
     assert score(answer, [NumericAnswer()]) == {"numeric": right}
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the shared inputs are not here")
+def test_every_answer_of_gsm8k_has_its_number():
+    records = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    for record in records:
+        worked, _, final = record["answer"].rpartition("#### ")
+        plain = Answer("", f"{worked}#### {float(final.replace(',', ''))}", record["answer"])
+        assert score(plain, [NumericAnswer()]) == {"numeric": 1}
+        wrong = plain._replace(prediction=f"#### {final}1")
+        assert score(wrong, [NumericAnswer()]) == {"numeric": 0}
+    assert len(records) > 1000
 
 
 def test_metrics_of_a_task_say_nothing_about_others():

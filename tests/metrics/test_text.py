@@ -132,5 +132,5 @@ def test_without_sacrebleu_the_error_says_what_to_install(monkeypatch):
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(ImportError, match=r"needs the package sacrebleu.*lit_adapters\[eval\]"):
+    with pytest.raises(ValueError, match=r"needs the package sacrebleu.*lit_adapters\[eval\]"):
         BLEU()
