@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     Llama4ForCausalLM,
@@ -246,6 +248,10 @@ UNFIT = {
     "own attention": (
         partial(build, BloomForCausalLM, BloomConfig, n_head=4, n_layer=2),
         "BloomForCausalLM computes attention in a way of its own",
+    ),
+    "positions unsaid": (  # transformers 5.23 leaves them out when it makes this model's masks
+        partial(build, GptOssForCausalLM, GptOssConfig, head_dim=8, num_local_experts=4),
+        "GptOssForCausalLM mixes sequences that share a row",
     ),
     "encoder": (
         partial(build, T5ForConditionalGeneration, T5Config, decoder_start_token_id=0),
