@@ -3,7 +3,7 @@
     python benchmarks/estimate.py [--device cpu|cuda] [--only NAME ...] [--json FILE]
 
 For each configuration, a child process trains a random Llama with the real trainer and measures
-the peak of its third step: the tensors that are there when the step begins, and the most that the
+the peak of three steps: the tensors that are there when the first begins, and the most that the
 allocator handed out above that, from the profiler's allocator events, so the figure does not vary.
 On CUDA it is ``torch.cuda.max_memory_allocated``. The estimate sees config.json alone. Exit status
 1 if a ratio is outside 0.85 to 1.15.
@@ -112,17 +112,17 @@ def config(sizes: dict[str, int]) -> LlamaConfig:
 
 
 class Recorder(Callback):
-    """Measures the third step."""
+    """Measures from the first batch to the last one."""
 
     peak = 0
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+    def __init__(self, last: int) -> None:
+        self.last = last
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         """Start."""
-        if index != self.first:
+        if index != 0:
             return
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -169,7 +169,7 @@ def measure(name: str, base: str, device: str) -> int:
     one = training(name, base, device)
     tokens = [Tokens(input_ids=[1] * one.max_length, labels=[1] * one.max_length)]
     rows = tokens * one.batch_size * one.accumulate * 3
-    recorder = Recorder(first=2 * one.accumulate, last=3 * one.accumulate - 1)
+    recorder = Recorder(last=3 * one.accumulate - 1)
     trainer = Trainer(
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=1,

@@ -3,7 +3,9 @@
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache, partial
 from math import floor
 from typing import Any, Literal
 
@@ -142,7 +144,11 @@ def alternatives(training: Training) -> dict[str, Training]:
     spec = training.module.adapter
     rank = getattr(spec, "rank", 16)
     targets = spec.targets if isinstance(spec, LoRA) else "all-linear"
-    lora = {"adapter": LoRA(rank=rank, targets=targets), "lora_plus_ratio": 1.0}
+    lora = {
+        "adapter": LoRA(rank=rank, targets=targets),
+        "lora_plus_ratio": 1.0,
+        "embedding_lr": None,
+    }
     whole = {"adapter": FullFineTuning(), "lora_plus_ratio": 1.0, "embedding_lr": None}
     plain = replace(training, initialiser=None, galore=None)
     recomputes = training.module.hparams["gradient_checkpointing"] not in (False, "none")
@@ -157,25 +163,27 @@ def alternatives(training: Training) -> dict[str, Training]:
     found = {method_of(way): way for way in ways}
     found.pop(method_of(training), None)
     found[f"checkpointing {switched}"] = training.with_module(gradient_checkpointing=not recomputes)
-    if training.batch_size > 1:
-        found["half the batch"] = replace(training, batch_size=training.batch_size // 2)
     return found
 
 
 def compare(training: Training, memory: int | None) -> list[Column]:
     """Estimate the configured way, which must succeed, and the alternatives, which may not."""
-    columns = [_column(method_of(training), training, memory)]
+    columns = list(_columns(method_of(training), training, memory))
     for name, way in alternatives(training).items():
         try:
-            columns.append(_column(name, way, memory))
+            columns.append(next(_columns(name, way, memory)))
         except (ValueError, TypeError, RuntimeError) as error:
             line = str(error).partition("\n")[0]
             columns.append(Column(name, way.batch_size, None, problem=line))
     return columns
 
 
-def _column(name: str, training: Training, memory: int | None) -> Column:
-    rehearsal = Rehearsal(training)
-    found = estimate(rehearsal)
-    most = None if memory is None else largest_batch(rehearsal, memory)
-    return Column(name, training.batch_size, found, most)
+def _columns(name: str, training: Training, memory: int | None) -> Iterator[Column]:
+    """Yield the column of one way to train, and then that of half its batch."""
+    found = cache(partial(estimate, Rehearsal(training)))
+    size, most = training.batch_size, None
+    if memory is not None:
+        most = largest_batch(lambda n: found(n).peak, memory, size)
+    yield Column(name, size, found(size), most)
+    if size > 1:
+        yield Column("half the batch", size // 2, found(size // 2), most)

@@ -1,6 +1,6 @@
 """How much memory a training step takes, and how large a micro-batch may be."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
 from lit_adapters.memory_trace import CATEGORIES, Category, Peak
 from lit_adapters.rehearsal import Rehearsal
 
-FEW, MORE = 3, 4  # groups of layers in the two runs that tell of all
+FEW, MORE = 2, 3  # groups of layers in the two runs that tell of all
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Estimate:
 def estimate(rehearsal: Rehearsal, batch_size: int | None = None) -> Estimate:
     """Return the memory of a step with this micro-batch, or with that of the training.
 
-    Where a model repeats equal layers, steps of three and of four of them are run: what is held at
-    corresponding moments lies on a straight line over their number.
+    Where a model repeats equal layers, steps of two and of three of them are run: what is held
+    while the first or the last is at work, or none, lies on a straight line over their number; what
+    is held between grows or shrinks from one to the other.
 
     Raises:
         RuntimeError: if the model decides about shapes by numbers, which there are none of.
@@ -63,25 +64,30 @@ def estimate(rehearsal: Rehearsal, batch_size: int | None = None) -> Estimate:
     return _summary(_extrapolated(few, more, count))
 
 
-def largest_batch(rehearsal: Rehearsal, memory: int) -> int:
+def largest_batch(peak: Callable[[int], int], memory: int, start: int) -> int:
     """Return the largest micro-batch whose peak is at most ``memory`` bytes; 0 if there is none.
 
-    The peak is about a straight line over the batch size: each guess lies on the line through the
-    bounds found so far.
+    A peak is about a straight line over the batch size: each guess lies on the line through two of
+    those found so far, and the search ends where that says that one more would not fit.
+
+    Args:
+        peak: Of a micro-batch, bytes.
+        memory: What there is, bytes.
+        start: A micro-batch to begin with.
     """
-    peaks = {n: estimate(rehearsal, n).peak for n in {1, max(2, rehearsal.training.batch_size)}}
-    if peaks[1] > memory:
-        return 0
+    peaks = {n: peak(n) for n in (max(2, start) // 2, max(2, start))}
     while True:
-        fits = max(n for n in peaks if peaks[n] <= memory)
+        fits = max((n for n in peaks if peaks[n] <= memory), default=0)
         over = min((n for n in peaks if peaks[n] > memory), default=None)
-        low, high = (fits, over) if over else sorted(peaks)[-2:]
+        known = sorted(peaks)
+        low, high = (fits, over) if fits and over else known[-2:] if fits else known[:2]
         slope = max(1.0, (peaks[high] - peaks[low]) / (high - low))
-        guess = int(low + (memory - peaks[low]) / slope)
+        guess = min(int(low + (memory - peaks[low]) / slope), over - 1 if over else 8 * known[-1])
         if guess <= fits:
-            return fits
-        guess = min(guess, over - 1 if over else 8 * high)
-        peaks[guess] = estimate(rehearsal, guess).peak
+            if fits or 1 in peaks:
+                return fits
+            guess = 1
+        peaks[guess] = peak(guess)
 
 
 def repeated_layers(model: nn.Module) -> tuple[nn.ModuleList, int]:

@@ -39,8 +39,7 @@ class Rehearsal:
         """Make two optimizer steps, and return the peaks of the parts of the second.
 
         A part is a pair: a stage, which is forward, loss, backward or step, and in forward and
-        backward the index of the group of layers that is at work, from the end if it is not among
-        the first two.
+        backward which group of layers is at work: first, between or last.
 
         Args:
             batch_size: Sequences of the micro-batch.
@@ -127,17 +126,17 @@ class Rehearsal:
         def mark(part: Any, category: Category, *_: Any) -> None:
             trace.enter(part, category)
 
-        def forward(place: int, layer: nn.Module, inputs: Any) -> None:
+        def forward(place: str, layer: nn.Module, inputs: Any) -> None:
             if trace.part[0] == "forward":  # and not recomputing
                 mark(("forward", place), "activations")
 
-        def ahead(place: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+        def ahead(place: str, layer: nn.Module, inputs: Any, output: Any) -> None:
             state = output[0] if isinstance(output, tuple) else output
             if state.requires_grad:
                 state.register_hook(partial(mark, ("backward", place), "workspace"))
 
         for index, layer in ((i, layer) for i, group in enumerate(groups) for layer in group):
-            place = index if index < 2 else index - len(groups)
+            place = "first" if index == 0 else "last" if index == len(groups) - 1 else "between"
             handles += [
                 layer.register_forward_pre_hook(partial(forward, place)),
                 layer.register_forward_hook(partial(ahead, place)),
