@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -239,9 +240,15 @@ class InstructionDataModule(LightningDataModule):
             )
 
     def _parts(self, split: SplitName) -> list[str | None]:
-        """The sources that are looked at one by one; None for all together."""
+        """The sources that are looked at one by one; None for all together.
+
+        Lightning hands several loaders only to modules that ask which one a batch is of.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        step = "test_step" if split == "test" else "validation_step"
+        asks = module is None or "dataloader_idx" in signature(getattr(module, step)).parameters
         several = split != "train" and len(self.corpus.sources) > 1
-        return list(self.corpus.sources) if several else [None]
+        return list(self.corpus.sources) if several and asks else [None]
 
     def _eval_loaders(self, split: SplitName) -> BatchLoader | dict[str, BatchLoader]:
         loaders = {

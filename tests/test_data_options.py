@@ -284,3 +284,22 @@ def test_real_records_in_a_chat_template_of_ones_own(tokenizer, tmp_path):
         assert one["input_ids"] == words(whole, add_special_tokens=False)["input_ids"]
         trained = words.decode([label for label in one["labels"] if label != -100])
         assert trained.strip() == f"{example.response}{words.eos_token}".strip()
+
+
+def test_several_sources_are_evaluated_each_and_together(two, tmp_path):
+    data = InstructionDataModule(list(two), val_size=2, batch_size=4)
+    module = AdapterFineTuneModule("tiny")
+    trainer = make_trainer(tmp_path)
+    trainer.validate(module, data, verbose=False)
+    logged = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    names = list(data.corpus.sources)
+    assert len(names) == 2
+    loaders = data.val_dataloader()
+    assert list(loaders) == names
+    sums = [[module.nll(batch) for batch in loader] for loader in loaders.values()]
+    nll = [sum(n.item() for n, _ in each) for each in sums]
+    tokens = [sum(t.item() for _, t in each) for each in sums]
+    for name, n, t in zip(names, nll, tokens, strict=True):
+        assert logged[f"val/loss/{name}"] == pytest.approx(n / t, rel=1e-5)
+    assert logged["val/loss"] == pytest.approx(sum(nll) / sum(tokens), rel=1e-5)
+    assert set(data.reports) == {f"validation/{name}" for name in names}
