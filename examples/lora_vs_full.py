@@ -112,9 +112,11 @@ def model_for(setting: Setting):  # noqa: ANN201 - imports are slow, so they are
     return base, LoRA(setting.rank, 2 * setting.rank, targets=targets, new_tokens=marks), tokenizer
 
 
-def run(setting: Setting, seed: int, steps: int, out: Path) -> dict:
+def run(setting: Setting, seed: int, steps: int, limit: int, out: Path) -> dict:
     """Train and answer once; the result is kept below ``out``."""
-    file = out / (hashlib.sha256(f"{setting!r} {seed} {steps}".encode()).hexdigest()[:16] + ".json")
+    file = out / (
+        hashlib.sha256(f"{setting!r} {seed} {steps} {limit}".encode()).hexdigest()[:16] + ".json"
+    )
     if file.exists():
         return json.loads(file.read_text())
     import torch
@@ -122,6 +124,7 @@ def run(setting: Setting, seed: int, steps: int, out: Path) -> dict:
     from lightning.pytorch import Trainer, seed_everything
 
     from lit_adapters import AdapterFineTuneModule, InstructionDataModule, save_adapter
+    from lit_adapters.callbacks.samples import spread
     from lit_adapters.exact_match import exact_match
     from lit_adapters.footprint import footprint, optimizer_bytes
     from lit_adapters.generation import generate
@@ -163,7 +166,7 @@ def run(setting: Setting, seed: int, steps: int, out: Path) -> dict:
             result["diverged"] = str(error)
         result["seconds"] = time.perf_counter() - start
         (checked,) = trainer.validate(module, data, verbose=False)
-        examples = data.examples("test")
+        examples = spread(data.examples("test"), limit)
         answers = generate(module.model, tokenizer, [e.prompt for e in examples], 32)
         scores = exact_match(
             (e.task, a, e.response) for e, a in zip(examples, answers, strict=True)
@@ -181,7 +184,7 @@ def run(setting: Setting, seed: int, steps: int, out: Path) -> dict:
     return result
 
 
-def spread(values: Iterable[float], form: str) -> str:
+def ranged(values: Iterable[float], form: str) -> str:
     """Return the mean, and the lowest and highest value."""
     values = list(values)
     return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
@@ -209,8 +212,8 @@ def table(group: str, results: list[dict]) -> str:
         cells = [
             one["name"] + (f" ({stopped} of {len(own)} diverged)" if stopped else ""),
             *(show(one) for show in asked.values()),
-            spread((r["val_loss"] for r in own), ".3f"),
-            *(spread((r["exact_match"][task] for r in own), ".0%") for task in TASKS),
+            ranged((r["val_loss"] for r in own), ".3f"),
+            *(ranged((r["exact_match"][task] for r in own), ".0%") for task in TASKS),
         ]
         if sizes:
             kept = (one["adapter_bytes"], one["resume_bytes"])
@@ -259,6 +262,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--answers", type=int, default=200, help="held-out records answered")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/lora_vs_full"))
     parser.add_argument("--json", type=Path, help="also write all results to this file")
@@ -273,7 +277,9 @@ def main() -> None:
         Progress() as bar,
     ):
         task = bar.add_task("runs", total=len(work))
-        waiting = [pool.submit(run, *one, options.steps, options.out) for one in work]
+        waiting = [
+            pool.submit(run, *one, options.steps, options.answers, options.out) for one in work
+        ]
         for done in as_completed(waiting):
             results.append(done.result())
             bar.advance(task)
