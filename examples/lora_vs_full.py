@@ -125,9 +125,9 @@ def run(setting: Setting, seed: int, steps: int, limit: int, out: Path) -> dict:
 
     from lit_adapters import AdapterFineTuneModule, InstructionDataModule, save_adapter
     from lit_adapters.callbacks.samples import spread
-    from lit_adapters.exact_match import exact_match
     from lit_adapters.footprint import footprint, optimizer_bytes
     from lit_adapters.generation import generate
+    from lit_adapters.metrics import exact_match
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
