@@ -202,7 +202,8 @@ def table(group: str, results: list[dict]) -> str:
         "tokens": {"new tokens": lambda r: r["tokens"]},
     }[group]
     sizes = ["trainable", "adapter file", "with optimizer state"] if group == "method" else []
-    head = ["trained", *asked, "validation loss", *TASKS, *sizes, "seconds"]
+    tasks = [task for task in TASKS if all(task in r["exact_match"] for r in results)]
+    head = ["trained", *asked, "validation loss", *tasks, *sizes, "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for setting in dict.fromkeys(GROUPS[group]):
         own = [r for r in results if Setting(**{k: r[k] for k in asdict(setting)}) == setting]
@@ -213,7 +214,7 @@ def table(group: str, results: list[dict]) -> str:
             one["name"] + (f" ({stopped} of {len(own)} diverged)" if stopped else ""),
             *(show(one) for show in asked.values()),
             ranged((r["val_loss"] for r in own), ".3f"),
-            *(ranged((r["exact_match"][task] for r in own), ".0%") for task in TASKS),
+            *(ranged((r["exact_match"][task] for r in own), ".0%") for task in tasks),
         ]
         if sizes:
             kept = (one["adapter_bytes"], one["resume_bytes"])
