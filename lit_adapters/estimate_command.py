@@ -22,6 +22,7 @@ from lit_adapters.estimation import estimate, largest_batch
 from lit_adapters.rehearsal import Rehearsal
 from lit_adapters.shapes import Training
 
+WIDTH = 120  # of a table that goes to a file
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -70,7 +71,10 @@ class EstimateCLI(AdapterCLI):
         if settings.json:
             print(json.dumps(as_json(columns, training, memory), indent=2))
         else:
-            show(columns, training, memory, Console())
+            console = Console()
+            if not console.is_terminal:
+                console.width = WIDTH
+            show(columns, training, memory, console)
 
 
 # --- what is asked -------------------------------------------------------------------------------

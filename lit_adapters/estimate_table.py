@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from lit_adapters.estimation import Estimate
@@ -11,8 +12,8 @@ from lit_adapters.memory_trace import CATEGORIES
 from lit_adapters.shapes import Training
 
 ROWS = {
-    "base": "base, frozen",
-    "adapter": "trained weights, origins",
+    "base": "frozen base",
+    "adapter": "adapter, trained",
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "activations": "activations",
@@ -36,10 +37,10 @@ def verdict(columns: list[Column], memory: int | None) -> str:
     """Say in one line whether it fits, and what would."""
     configured = columns[0].estimate
     assert configured is not None
-    need = f"{configured.peak / 1e9:.2f} GB"
+    need = decimal(configured.peak, precision=2)
     if memory is None:
         return f"{columns[0].name} takes {need} at its peak; --memory 24GB says what fits"
-    have = f"{memory / 1e9:.2f} GB"
+    have = decimal(memory, precision=2)
     if configured.peak <= memory:
         return (
             f"fits: {columns[0].name} takes {need} of {have}; the largest micro-batch is "
@@ -47,20 +48,20 @@ def verdict(columns: list[Column], memory: int | None) -> str:
         )
     others = [f"{c.name} (up to {c.largest_batch})" for c in columns if c.largest_batch]
     remedy = f"micro-batches that fit: {', '.join(others)}" if others else "nothing here fits"
-    return f"does not fit: {columns[0].name} takes {need}, and there are {have}; {remedy}"
+    return f"does not fit: {columns[0].name} takes {need}, and there is {have}; {remedy}"
 
 
 def show(columns: list[Column], training: Training, memory: int | None, console: Console) -> None:
     """Print a table for people."""
-    table = Table(title=f"GB of memory, {_conditions(training)}")
-    table.add_column("")
+    table = Table(title=f"Memory of {_conditions(training)}")
+    table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column.name, justify="right")
     done = [column.estimate for column in columns]
     for key, label in ROWS.items():
         cells = (None if e is None else e.largest[cast(Any, key)] for e in done)
-        table.add_row(label, *map(_gigabytes, cells), end_section=key == CATEGORIES[-1])
-    table.add_row("peak", *(_gigabytes(None if e is None else e.peak) for e in done), style="bold")
+        table.add_row(label, *map(_size, cells), end_section=key == CATEGORIES[-1])
+    table.add_row("peak", *(_size(None if e is None else e.peak) for e in done), style="bold")
     table.add_row("in", *("-" if e is None else e.stage for e in done))
     table.add_row("micro-batch", *(str(column.batch_size) for column in columns))
     if memory is not None:
@@ -97,5 +98,5 @@ def _conditions(training: Training) -> str:
     )
 
 
-def _gigabytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e9:.3f}"
+def _size(size: int | None) -> str:
+    return "-" if size is None else decimal(size)

@@ -131,10 +131,11 @@ def tensors_of(module, optimizer, engine):
         state += [one.shadow, *(basis for basis in one.projector or () if basis is not None)]
     return {
         "base": sum(p.nbytes for n, p in named if n not in ours)
-        + sum(t.nbytes for t in scales + rows),
+        + sum(t.untyped_storage().nbytes() for t in scales + rows),
         "adapter": sum(p.nbytes for n, p in named if n in ours),
         "gradients": sum(p.grad.nbytes for p in stepped if p.grad is not None),
-        "optimizer": sum(t.nbytes for t in state),
+        # Once each: 8-bit states share their code tables.
+        "optimizer": sum({id(t): t.nbytes for t in state}.values()),
     }
 
 
