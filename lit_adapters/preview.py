@@ -65,10 +65,15 @@ def show(data: InstructionDataModule, split: SplitName, records: int, as_json: b
     tokens, tokenizer = data.tokens(split), data.tokenizer
     if not tokens or not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"there is no {split} split to show; raise val_size, or add its records")
-    report = data.reports[split]
+    reports = {
+        name: report
+        for name, report in data.reports.items()
+        if name == split or name.startswith(f"{split}/")  # several sources are evaluated apart
+    }
     found = [described(tokenizer, one) for one in tokens[:records]]
     if as_json:
-        statistics = {**report.metrics(), "summary": str(report)}
+        said = {name: {**one.metrics(), "summary": str(one)} for name, one in reports.items()}
+        statistics = said.get(split, said)
         print(
             dumps({"split": split, "statistics": statistics, "records": found}, ensure_ascii=False)
         )
@@ -86,7 +91,8 @@ def show(data: InstructionDataModule, split: SplitName, records: int, as_json: b
             ("trained on", TRAINED), "   ", ("read only", READ), "   ", ("special", SPECIAL)
         )
     )
-    console.print(_statistics(report.metrics()))
+    for name, report in reports.items():
+        console.print(_statistics(None if name == split else name, report.metrics()))
 
 
 def described(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> dict[str, Any]:
@@ -122,8 +128,8 @@ def coloured(pieces: Sequence[dict[str, Any]], special: Sequence[str]) -> Text:
     return text
 
 
-def _statistics(metrics: dict[str, float]) -> Table:
-    table = Table(show_header=False)
+def _statistics(title: str | None, metrics: dict[str, float]) -> Table:
+    table = Table(title=title, show_header=False)
     for key, value in metrics.items():
         shown = f"{value:.1%}" if key.endswith("_share") else f"{value:,}"
         table.add_row(key.replace("_", " "), shown)

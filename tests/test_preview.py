@@ -66,6 +66,28 @@ def test_the_screen_shows_records_and_statistics(data, capsys):
     assert "truncated share │ 50.0%" in shown
 
 
+def test_a_split_of_several_sources_has_statistics_of_each(tmp_path, capsys):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        file.write_text(json.dumps(PAIRS * 2))
+    settings = {"tokenizer": word_tokenizer(), "val_size": 1, "max_length": 6}
+    data = InstructionDataModule(list(map(str, files)), **settings)
+    show(data, "validation", 9, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [record["source"] for record in found["records"]] == ["a", "b"]
+    assert {name: one["examples"] for name, one in found["statistics"].items()} == {
+        "validation/a": 1,
+        "validation/b": 1,
+    }
+    show(data, "validation", 1, as_json=False)
+    shown = capsys.readouterr().out
+    assert "validation 1 of a: " in shown
+    assert "validation/a" in shown
+    assert "validation/b" in shown
+    show(data, "train", 1, as_json=True)
+    assert json.loads(capsys.readouterr().out)["statistics"]["examples"] == 6
+
+
 def test_nothing_to_show_is_said(data):
     with pytest.raises(ValueError, match="--records 0 shows nothing"):
         show(data, "train", 0, as_json=False)
