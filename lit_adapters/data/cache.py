@@ -92,7 +92,15 @@ def _write(file: Path, examples: list[Tokens], report: LengthReport) -> None:
         for name, rows in columns.items()
     }
     tensors["lengths"] = torch.tensor([len(row) for row in columns["input_ids"]], dtype=torch.int32)
-    notes = {"report": json.dumps(asdict(report)), "checksum": _checksum(tensors)}
+    sources = [row.get("source", "") for row in examples]
+    names = list(dict.fromkeys(sources))
+    numbers = {name: number for number, name in enumerate(names)}
+    tensors["sources"] = torch.tensor([numbers[name] for name in sources], dtype=torch.int32)
+    notes = {
+        "report": json.dumps(asdict(report)),
+        "sources": json.dumps(names),
+        "checksum": _checksum(tensors),
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     begun = file.with_suffix(f".{os.getpid()}.part")
     try:
@@ -105,12 +113,15 @@ def _write(file: Path, examples: list[Tokens], report: LengthReport) -> None:
 def _read(file: Path) -> Tokenised:
     with safe_open(file, "pt") as opened:
         notes = opened.metadata() or {}
-        tensors = {name: opened.get_tensor(name) for name in ("input_ids", "labels", "lengths")}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if notes.get("checksum") != _checksum(tensors):
         raise ValueError("its checksum is another")
-    lengths = tensors.pop("lengths").tolist()
-    ids, labels = ([row.tolist() for row in t.split(lengths)] for t in tensors.values())
+    lengths, names = tensors["lengths"].tolist(), json.loads(notes["sources"])
+    ids, labels = ([r.tolist() for r in tensors[k].split(lengths)] for k in ("input_ids", "labels"))
     examples = [Tokens(input_ids=i, labels=l) for i, l in zip(ids, labels, strict=True)]  # noqa: E741
+    for example, number in zip(examples, tensors["sources"].tolist(), strict=True):
+        if names[number]:
+            example["source"] = names[number]
     return examples, LengthReport(**json.loads(notes["report"]))
 
 

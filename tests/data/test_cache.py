@@ -49,6 +49,15 @@ def test_the_second_run_reads_what_the_first_has_written(tmp_path):
     assert count.said == [f"Tokens are those of an earlier run, from {next(tmp_path.iterdir())}"]
 
 
+def test_what_is_read_again_knows_its_sources(tmp_path):
+    count = Counting()
+    examples = [Example("a", "b", source=source) for source in ("one", "", "two", "one")]
+    first, second = count.run(tmp_path, examples), count.run(tmp_path, examples)
+    assert count.calls == 1
+    assert first == second
+    assert [tokens.get("source") for tokens in second[0]] == ["one", None, "two", "one"]
+
+
 @dataclass(frozen=True)
 class Longer(Example):
     more: str = ""
