@@ -33,6 +33,7 @@ from lit_adapters.data import (
     prompt_ids,
     read_hub,
     sequences,
+    stop_ids,
     tokenise,
 )
 from lit_adapters.data.cache import FOLDER, once
@@ -227,10 +228,10 @@ class InstructionDataModule(LightningDataModule):
     def predict_dataloader(self) -> PromptLoader:
         """Return the prompts of the test split, whole, and in its order."""
         self._check_test()
-        examples = self.examples("test")
-        ids = prompt_ids(examples, self._load_tokenizer())
+        examples, tokenizer = self.examples("test"), self._load_tokenizer()
+        ids = prompt_ids(examples, tokenizer)
         order = EvalOrder([len(one) for one in ids], self.batch_size, **self._devices())
-        return PromptLoader(examples, ids, order)
+        return PromptLoader(examples, ids, order, stop_ids(examples, tokenizer))
 
     def _check_test(self) -> None:
         if not self.corpus.count("test"):

@@ -1,6 +1,6 @@
 """Answers from a causal language model, in batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ def generate(
     temperature: float = 0.0,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
+    stop: Collection[int] = (),
 ) -> list[str]:
     """Return the model's answer to each prompt, without the prompt and special tokens.
 
@@ -35,6 +36,7 @@ def generate(
         temperature: Of the sampling distribution.
         batch_size: Prompts at a time; they are sorted by length, so padding is small.
         progress: Called with the number of prompts that were just answered.
+        stop: Tokens that end an answer, beside EOS and those the model's own settings name.
     """
     before = leading_ids(tokenizer)
 
@@ -46,7 +48,7 @@ def generate(
 
     ids = _within_context(list(map(encoded, prompts)), model, max_new_tokens, len(before))
     return generate_from_ids(
-        model, tokenizer, ids, max_new_tokens, temperature, batch_size, progress
+        model, tokenizer, ids, max_new_tokens, temperature, batch_size, progress, stop
     )
 
 
@@ -58,9 +60,10 @@ def generate_from_ids(
     temperature: float = 0.0,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
+    stop: Collection[int] = (),
 ) -> list[str]:
     """Like `generate`, for prompts that are token ids already."""
-    config = _generation_config(model, tokenizer, max_new_tokens, temperature)
+    config = _generation_config(model, tokenizer, max_new_tokens, temperature, stop)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     own, model.generation_config = model.generation_config, config
@@ -144,9 +147,11 @@ def _generation_config(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     temperature: float,
+    stop: Collection[int],
 ) -> GenerationConfig:
     own = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    named = own if isinstance(own, list) else [own]
+    ends = {tokenizer.eos_token_id, *named, *stop} - {None}
     pad = tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     return GenerationConfig(

@@ -438,15 +438,17 @@ class AdapterFineTuneModule(LightningModule):
         """Answer the prompts of a batch; each result holds prompt, prediction and reference.
 
         Args:
-            batch: Rows with a ``prompt`` and perhaps its ``prompt_ids``, which are returned with
-                their ``prediction``; or labelled tokens, whose prompts come before the last answer.
+            batch: Rows with a ``prompt``, perhaps its ``prompt_ids`` and ``stop_ids`` that end
+                answers beside EOS, which are returned with their ``prediction``; or labelled
+                tokens, whose prompts come before the last answer.
             batch_idx: Its number.
         """
         if isinstance(batch, Mapping):
             return cast(list[Row], answer(self.model, self.tokenizer, batch, self.max_new_tokens))
         prompts = [row["prompt_ids"] if "prompt_ids" in row else row["prompt"] for row in batch]
-        answers = generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
-        rows = [{key: row[key] for key in row if key != "prompt_ids"} for row in batch]
+        stop = {token for row in batch for token in row.get("stop_ids", ())}
+        answers = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, stop=stop)
+        rows = [{k: row[k] for k in row if k not in ("prompt_ids", "stop_ids")} for row in batch]
         return [{**row, "prediction": a} for row, a in zip(rows, answers, strict=True)]
 
     # --- checkpoints -----------------------------------------------------------------------------

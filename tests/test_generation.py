@@ -193,6 +193,20 @@ def test_answer_takes_the_untrained_head_of_every_row():
     ]
 
 
+def test_an_answer_ends_at_other_tokens_that_are_named():
+    model = adapted()
+    whole = generate(model, TOKENIZER, PROMPTS, 12)
+    stop = next(word for text in whole for word in text.split()[2:5])
+    found = generate(model, TOKENIZER, PROMPTS, 12, stop=TOKENIZER.convert_tokens_to_ids([stop]))
+    expected = [" ".join(cut(text.split(), stop)) for text in whole]
+    assert expected != whole
+    assert found == expected
+
+
+def cut(words, stop):
+    return words[: words.index(stop) + 1] if stop in words else words
+
+
 def test_answer_takes_the_last_of_several_trained_turns():
     turns = Example("a b c d", "e", trained=((2, 5),))  # "b c" is an earlier answer
     batch = collate(tokenise([turns], TOKENIZER)[0], TOKENIZER.pad_token_id)

@@ -147,7 +147,7 @@ def test_rows_of_another_number_of_ranks_are_taken_over(tmp_path):
     assert module.answered == [8, 9]
 
 
-@pytest.mark.parametrize("change", ["weights", "length", "data", "limit", "damage"])
+@pytest.mark.parametrize("change", ["weights", "length", "data", "limit", "tokens", "damage"])
 def test_what_was_begun_otherwise_is_begun_again(tmp_path, capsys, change):
     module = make()
     break_off(tmp_path, module, 2)
@@ -159,6 +159,8 @@ def test_what_was_begun_otherwise_is_begun_again(tmp_path, capsys, change):
         module.max_new_tokens = 4
     elif change == "data":
         data = make_data(tmp_path, [*RECORDS[:9], {**RECORDS[9], "completion": "z"}])
+    elif change == "tokens":  # the same text to another tokenizer
+        data = make_data(tmp_path, tokenizer=word_tokenizer(bos=False))
     elif change == "limit":
         settings = {"limit_predict_batches": 4}
     else:

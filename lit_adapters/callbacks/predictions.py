@@ -140,7 +140,8 @@ def _key(trainer: Trainer, pl_module: LightningModule, loader: PromptLoader) -> 
         digest.update(name.encode() + sampled(tensor, SAMPLES).float().numpy().tobytes())
     settings = (pl_module.max_new_tokens, trainer.limit_predict_batches, str(trainer.precision))
     examples = [(e.task, e.prompt, e.response) for e in loader.examples]
-    digest.update(json.dumps([settings, examples]).encode())
+    read = (list(loader.ids), loader.stop)  # as the tokenizer says
+    digest.update(json.dumps([settings, examples, read]).encode())
     return digest.hexdigest()
 
 

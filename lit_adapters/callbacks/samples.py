@@ -20,7 +20,7 @@ from lit_adapters.callbacks.answer_tables import (
     score_table,
 )
 from lit_adapters.callbacks.sample_files import append_samples, write_json, write_samples
-from lit_adapters.data import Example, prompt_ids
+from lit_adapters.data import Example, prompt_ids, stop_ids
 from lit_adapters.generation import generate
 from lit_adapters.metrics import (
     Answer,
@@ -192,6 +192,7 @@ class SampleGenerations(Callback):
                 self.max_new_tokens,
                 batch_size=self.batch_size,
                 progress=lambda n: bar.advance(task, n),
+                stop=stop_ids(examples, tokenizer),
             )
         set_random_state(state)
         return answers

@@ -14,6 +14,7 @@ class PromptRow(TypedDict):
     task: str
     prompt: str
     prompt_ids: list[int]
+    stop_ids: list[int]
     reference: str
 
 
@@ -24,14 +25,20 @@ class PromptLoader:
         examples: The split.
         ids: Their prompts as training sees them.
         order: Which examples form which batch.
+        stop: Tokens that end an answer, beside EOS.
     """
 
     def __init__(
-        self, examples: Sequence[Example], ids: Sequence[list[int]], order: EvalOrder
+        self,
+        examples: Sequence[Example],
+        ids: Sequence[list[int]],
+        order: EvalOrder,
+        stop: Sequence[int] = (),
     ) -> None:
         self.examples = examples
         self.ids = ids
         self.order = order
+        self.stop = list(stop)
         self.answered: Set[int] = frozenset()
         """Indices to leave out; batches keep their number, so that they are as before."""
 
@@ -49,5 +56,6 @@ class PromptLoader:
             task=example.task,
             prompt=example.prompt,
             prompt_ids=self.ids[index],
+            stop_ids=self.stop,
             reference=example.response,
         )
