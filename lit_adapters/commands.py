@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.base_model import load_base, load_tokenizer
-from lit_adapters.data import alpaca_prompt
+from lit_adapters.data import Prompting, Record, prompt_ids, stop_ids, to_examples
 from lit_adapters.export import export_merged, export_peft, serving_notes
 from lit_adapters.generation import generate as generate_answers
 from lit_adapters.io import load_adapter, peft_config
@@ -27,6 +27,8 @@ def generate(
     input: str = "",  # noqa: A002 - Alpaca's name
     file: str | None = None,
     raw: bool = False,
+    template: str = "alpaca",
+    task_prompt: str = "",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     dtype: Precision = "float32",
@@ -43,7 +45,10 @@ def generate(
         prompt: An instruction; without prompt and file, instructions are read from the terminal.
         input: Its further input, for Alpaca's template.
         file: Text file with one instruction per line, or jsonl with instruction and input.
-        raw: Take prompts as they are, without Alpaca's template.
+        raw: Take prompts as they are, without a template.
+        template: What the adapter was trained with: alpaca; chat, the tokenizer's own; none; or
+            the path of a .jinja file.
+        task_prompt: The description of the task that it was trained with.
         max_new_tokens: Longest answer, tokens.
         temperature: Of the sampling distribution; 0 is greedy.
         dtype: Data type of the weights.
@@ -61,11 +66,21 @@ def generate(
         raise ValueError("--input belongs to --prompt; a file has its own in each line")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
+    how = Prompting("none" if raw else template, task_prompt)
+    if raw and (template != "alpaca" or task_prompt):
+        raise ValueError("--raw takes prompts as they are; leave --template and --task_prompt out")
     model, words = _load(base, adapter, dtype, tokenizer, revision, quantization)
 
     def reply(requests: list[tuple[str, str]]) -> None:
-        prompts = [text if raw else alpaca_prompt(text, more) for text, more in requests]
-        answers = generate_answers(model, words, prompts, max_new_tokens, temperature)
+        examples = to_examples(list(map(_asked, requests)), "alpaca", "", how, words)
+        answers = generate_answers(
+            model,
+            words,
+            prompt_ids(examples, words),
+            max_new_tokens,
+            temperature,
+            stop=stop_ids(examples, words),
+        )
         for (text, more), answer in zip(requests, answers, strict=True):
             if json:
                 row = {"instruction": text, "input": more, "answer": answer}
@@ -154,6 +169,11 @@ def _load(
     if torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
     return model.eval(), words
+
+
+def _asked(request: tuple[str, str]) -> Record:
+    """Return the record of training with this prompt; its answer plays no role."""
+    return {"instruction": request[0], "input": request[1], "output": "answer"}
 
 
 def _read_requests(file: Path) -> Iterator[tuple[str, str]]:

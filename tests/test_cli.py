@@ -172,6 +172,28 @@ def test_generate_answers_a_prompt_with_the_adapter(adapter, capsys):
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
+def test_generate_asks_as_a_template_file_and_a_task_prompt_trained(tmp_path, capsys):
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    run(
+        "generate", "--prompt", PROMPT, "--input", INPUT, "--max_new_tokens=12",
+        "--template", template, "--task_prompt", "Be brief.",
+    )  # fmt: skip
+    prompt = f"system: Be brief.<|eos|>user: {PROMPT}\n\n{INPUT}<|eos|>assistant: "
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("tiny"))
+    assert tokenizer(prompt)["input_ids"][0] == tokenizer.bos_token_id  # once, of the tokenizer
+    expected = greedy(load_base("tiny"), prompt)
+    assert capsys.readouterr().out.strip() == expected.strip()
+    run("generate", "--prompt", PROMPT, "--task_prompt", "Be brief.", "--max_new_tokens=12")
+    expected = greedy(load_base("tiny"), f"Be brief.\n\n{alpaca_prompt(PROMPT)}")
+    assert capsys.readouterr().out.strip() == expected.strip()
+    with pytest.raises(ValueError, match="--raw takes prompts as they are"):
+        run("generate", "--prompt", PROMPT, "--raw", "--task_prompt", "Be brief.")
+
+
 @pytest.mark.parametrize("switch", [["--json"], ["--json", "true"], ["--json=true"]])
 def test_generate_answers_every_line_of_a_file_as_json(adapter, tmp_path, capsys, switch):
     file = tmp_path / "questions.jsonl"
