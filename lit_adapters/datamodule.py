@@ -303,6 +303,12 @@ class InstructionDataModule(LightningDataModule):
         return {"rank": sharing.get("rank", 0), "devices": sharing.get("num_replicas", 1)}
 
     def _train_stream(self) -> FitStream:
+        if self.batch_tokens is not None and self.batch_tokens < self.max_length:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is below max_length {self.max_length}, and a "
+                "stream may hold an example as long as that: raise batch_tokens, or lower "
+                "max_length"
+            )
         order = {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -333,7 +339,7 @@ class InstructionDataModule(LightningDataModule):
         name = split if source is None else f"{split}/{source}"
         if name not in self._tokens:
             tokens: list[Tokens] = []
-            examples = [e for e in self.examples(split) if source in (None, e.source)]
+            examples = self.corpus.examples(split, tokenizer, source)
             if examples:
                 with self.corpus.naming(split, source):
                     tokens, report = once(

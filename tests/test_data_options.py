@@ -225,6 +225,28 @@ def test_streams_are_mixed_by_weight_and_the_same_every_time(long, two, tmp_path
     assert set(data.corpus.sources) == {"long", "pairs"}
 
 
+def test_streams_are_packed_where_the_model_keeps_sequences_apart(long, tmp_path):
+    class Kinds(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            assert batch["input_ids"].shape[0] == 1
+            assert batch["input_ids"].shape[1] <= 32
+            seen.append((batch["position_ids"] == 0).sum().item())
+
+    seen, tokenizer = [], word_tokenizer()
+    module = AdapterFineTuneModule(llama(vocab_size=32), LoRA(rank=2), tokenizer=tokenizer)
+    make_trainer(tmp_path, [Kinds()], max_epochs=1).fit(
+        module, stream(long, max_length=32, batch_tokens=32)
+    )
+    assert sum(seen) == 42  # every sequence once
+    assert max(seen) > 4  # by tokens, not by their number
+
+
+def test_a_stream_says_at_the_start_that_its_longest_example_may_not_fit(long):
+    data = stream(long, tokenizer=word_tokenizer(), max_length=64, batch_tokens=32)
+    with pytest.raises(ValueError, match="batch_tokens 32 is below max_length 64, and a stream"):
+        data.train_dataloader()
+
+
 def test_a_share_of_a_stream_cannot_be_held_out(long):
     data = InstructionDataModule(long, streaming=True, tokenizer=word_tokenizer())
     with pytest.raises(ValueError, match=r"val_size 0.05 is no count of records, and nobody knows"):

@@ -56,16 +56,20 @@ class Corpus:
         """What messages call it: its paths."""
         return ", ".join(self.sources.values())
 
-    def examples(self, split: SplitName, tokenizer: Any = None) -> list[Example]:
+    def examples(
+        self, split: SplitName, tokenizer: Any = None, source: str | None = None
+    ) -> list[Example]:
         """Return the examples of a split, source after source; of a stream, the first of train.
 
         Args:
             split: The name of the split.
             tokenizer: Needed for conversations only.
+            source: The only one that is wanted; None for all.
         """
         found = []
-        for source, splits in self._read_all().items():
-            found += self._formatted(splits[split], split, source, tokenizer)
+        for name, splits in self._read_all().items():
+            if source in (None, name):
+                found += self._formatted(splits[split], split, name, tokenizer)
         return found
 
     def count(self, split: SplitName) -> int:
