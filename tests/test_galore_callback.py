@@ -10,7 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -321,10 +326,19 @@ def test_an_unsuited_optimizer_is_refused_by_name(tmp_path):
     ],
 )
 def test_strategies_that_spread_gradients_are_refused_in_words(strategy, message):
-    trainer = SimpleNamespace(strategy=object.__new__(strategy))
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), callbacks=[])
     with pytest.raises(ValueError, match=message):
         GaLore(4).setup(trainer, Foreign(), "fit")
     GaLore(4).setup(trainer, Foreign(), "validate")
+
+
+@pytest.mark.parametrize(
+    "average", [StochasticWeightAveraging, EMAWeightAveraging], ids=["swa", "ema"]
+)
+def test_averages_of_weights_are_refused_in_words(tmp_path, average):
+    other = average(0.1) if average is StochasticWeightAveraging else average()
+    with pytest.raises(ValueError, match=f"cannot be combined with {average.__name__}"):
+        fit(tmp_path, Foreign(), other)
 
 
 # ---------------------------------------------------------------- precision

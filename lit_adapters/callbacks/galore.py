@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -69,9 +70,19 @@ class GaLore(Callback):
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies under which gradients do not arrive whole on one device."""
+        """Refuse what it cannot work with: averages of weights, gradients not whole on a device."""
+        if stage != "fit":
+            return
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            # They pair their copy's parameters with the module's, which has shadows among them.
+            if isinstance(other, StochasticWeightAveraging | WeightAveraging):
+                raise ValueError(
+                    f"GaLore cannot be combined with {type(other).__name__}, which would average "
+                    "the stand-ins of projected weights in the optimizer with the weights; train "
+                    "with one of the two"
+                )
         strategy = trainer.strategy
-        if stage != "fit" or isinstance(strategy, SingleDeviceStrategy):
+        if isinstance(strategy, SingleDeviceStrategy):
             return
         name = type(strategy).__name__
         if isinstance(strategy, FSDPStrategy):
