@@ -139,8 +139,10 @@ def method_of(training: Training) -> str:
         return f"GaLore, rank {training.galore.settings.rank}"
     if isinstance(module.adapter, FullFineTuning):
         return "full"
+    start = training.initialiser
     kind = getattr(module.quantization, "kind", None)
-    return type(module.adapter).__name__ + (f", {kind}" if kind else "")
+    named = (type(module.adapter).__name__, kind, start and type(start).__name__)
+    return ", ".join(part for part in named if part)
 
 
 def alternatives(training: Training) -> dict[str, Training]:

@@ -113,7 +113,7 @@ class MemoryTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Run one operation."""
-        result = self._run(func, args, kwargs or {})
+        result = self._run(func, types, args, kwargs or {})
         for tensor in tensors_in((result,)):
             if not is_bare(tensor):
                 storage = tensor.untyped_storage()
@@ -121,15 +121,14 @@ class MemoryTrace(TorchDispatchMode):
                     self._add(storage, self._category)
         return result
 
-    def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         given = [*tensors_in(args), *tensors_in(kwargs.values())]
         if any(isinstance(tensor, FakeTensor) for tensor in given):
             if func is aten._local_scalar_dense.default:
                 return ONE.get(args[0].dtype, 1.0)
             if func in TAKES_MASKS:
                 args = (args[0], without_masks(args[1]), *args[2:])
-            with self.fake:
-                return func(*args, **kwargs)
+            return self.fake.dispatch(func, types, args, kwargs)
         place = torch.device(kwargs.get("device") or "meta")
         if given and all(map(is_bare, given)) and place.type == "meta":
             return func(*args, **kwargs)
@@ -137,8 +136,7 @@ class MemoryTrace(TorchDispatchMode):
             result = func(*args, **kwargs)
             if all(t.dtype in COUNTED for t in tensors_in((result,))):
                 return result
-        with self.fake:
-            result = func(*args, **kwargs)
+        result = self.fake.dispatch(func, types, args, kwargs)
         if any(t.dtype in COUNTED or is_bare(t) for t in tensors_in((result,))):
             return func(*args, **kwargs)
         return result
