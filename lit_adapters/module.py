@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -151,6 +152,7 @@ class AdapterFineTuneModule(LightningModule):
         self._adapters_checked = False
         self._move_checked = False
         self._optimizer_logged = False
+        self._searching = False  # is Lightning's learning-rate finder at work, on its own schedule?
         self.window = TokenWindow()
         self.evaluated = EvaluationSums()
         # Adapter-only checkpoints leave the base out on purpose; `check_trained` is the strict one.
@@ -255,6 +257,7 @@ class AdapterFineTuneModule(LightningModule):
         self._adapters_checked = False
         self._move_checked = False
         self._optimizer_logged = False
+        self._searching = False
         self.window = TokenWindow()
         warn_if_rounded(self.model)
         sizes = footprint(self.model)
@@ -292,14 +295,14 @@ class AdapterFineTuneModule(LightningModule):
         divided them by the tokens of the window.
         """
         nll, tokens = self.nll(batch)
-        if self._searching():
+        if self._searching:
             return nll / tokens.clamp(min=1)  # what a search compares must be a mean
         self.window.add(nll.detach(), tokens)
         return nll / LOSS_UNIT
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into the mean over the window's trained tokens, then log."""
-        if self._searching():
+        if self._searching:
             return
         nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
         total, count = torch.stack([nll, tokens]).tolist()  # one wait for the device, not two
@@ -326,9 +329,20 @@ class AdapterFineTuneModule(LightningModule):
         self.log("lr", optimizer.param_groups[0]["lr"])
         self.log("memory/peak_mb", peak_bytes(self.device) / 1e6)
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and free the gradients: Lightning's loop would hold them until the next forward."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.optimizer_zero_grad(epoch, batch_idx, cast(Optimizer, optimizer))
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Once: see that adapters move; log the size of the optimizer's state."""
-        if self._searching():
+        if self._searching:
             if outputs and not outputs["loss"].isfinite():
                 self.trainer.should_stop = True  # larger rates will not do better
             return
@@ -365,19 +379,15 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Let this run's optimizer settings win over those that a checkpoint restored."""
-        if self._searching():
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        self._searching = any(".tuner." in type(one).__module__ for one in schedulers)
+        if self._searching:
             return
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         set_options(optimizer, self._chosen, schedulers)
         if self.learning_rate is not None and self.learning_rate != self._chosen_rate:
             take_rate(optimizer, self.learning_rate, schedulers)  # found since by a callback
         self._resume_loaders()
-
-    def _searching(self) -> bool:
-        """Whether Lightning's learning-rate finder is at work, with a schedule of its own."""
-        schedules = (config.scheduler for config in self.trainer.lr_scheduler_configs)
-        return any(".tuner." in type(schedule).__module__ for schedule in schedules)
 
     def _resume_loaders(self) -> None:
         """Let loaders that keep their position go on there.
@@ -400,7 +410,7 @@ class AdapterFineTuneModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch to the sums of its loader; a search for a learning rate looks at none."""
-        if not self._searching():
+        if not self._searching:
             self.evaluated.add(self.token_loss(batch, count_correct=True), dataloader_idx)
 
     test_step = validation_step
@@ -417,7 +427,7 @@ class AdapterFineTuneModule(LightningModule):
 
     def _log_evaluation(self, stage: str, loaders: Any, count: int) -> None:
         """Log over all loaders; if they are several in a dictionary, over each by its name too."""
-        if self._searching():
+        if self._searching:
             return
         sums = self.evaluated.close(self.trainer.strategy.reduce, count)
         if sums[0].tokens == 0:

@@ -72,7 +72,7 @@ class Rehearsal:
         return trace.peaks
 
     def _step(self, batch: Any, optimizer: Optimizer, engine: GaLoreEngine | None) -> None:
-        """What Lightning does in a step; gradients of the last one live through the forward."""
+        """What Lightning does in a step of our module, which then frees the gradients."""
         trace, training = self.trace, self.training
         last = min(2, training.accumulate) - 1
         for index in range(last + 1):
@@ -81,8 +81,6 @@ class Rehearsal:
             trace.enter(("forward", "start"), "activations")
             with precision_context(training.precision):
                 loss = self.module.training_step(batch, index)
-            if index == 0:
-                optimizer.zero_grad()
             (loss / training.accumulate).backward()
             del loss
         trace.enter(("step", ""), "workspace")
@@ -94,6 +92,7 @@ class Rehearsal:
         if training.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
 
     def _optimizer(self) -> tuple[Optimizer, GaLoreEngine | None]:
         module, galore = self.module, self.training.galore

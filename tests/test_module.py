@@ -246,6 +246,28 @@ def test_dropout_of_the_base_alone_changes_the_first_loss(tmp_path):
 # --- the loss over an accumulation window --------------------------------------------------------
 
 
+class Gradients(Callback):
+    """The gradients of the last step, by name; the module frees them after it."""
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self.note(pl_module.model))
+
+    def note(self, model):
+        self.last = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_no_gradient_outlives_its_step(tmp_path):
+    class Held(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            held = [p.grad is not None for p in pl_module.model.parameters() if p.requires_grad]
+            seen.append((all(held), any(held)))
+
+    seen = []
+    batches = in_batches(examples(16), 4)
+    fit(tmp_path, make(), batches, accumulate_grad_batches=2, callbacks=[Held()])
+    assert seen == [(True, True), (False, False)] * 2
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("count", [16, 10])  # 10: the last window of an epoch is incomplete
 def test_accumulated_batches_train_like_one_batch(tmp_path, clip, count):
@@ -253,7 +275,7 @@ def test_accumulated_batches_train_like_one_batch(tmp_path, clip, count):
     rows = examples(count)
     runs = []
     for size, accumulate in ((4, 1), (1, 4), (2, 2)):
-        module = make(optimizer=sgd)
+        module, stepped = make(optimizer=sgd), Gradients()
         trainer = fit(
             tmp_path,
             module,
@@ -261,9 +283,9 @@ def test_accumulated_batches_train_like_one_batch(tmp_path, clip, count):
             max_epochs=2,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=clip,
+            callbacks=[stepped],
         )
-        gradients = {n: p.grad for n, p in module.model.named_parameters() if p.requires_grad}
-        runs.append((trainer, trainable(module.model), gradients))
+        runs.append((trainer, trainable(module.model), stepped.last))
     whole, *others = runs
     steps = 2 * math.ceil(count / 4)
     assert len(whole[0].logger["train/loss"]) == whole[0].global_step == steps
@@ -281,8 +303,10 @@ def test_accumulated_batches_train_like_one_batch(tmp_path, clip, count):
 
 def test_logged_loss_and_gradient_are_the_mean_over_trained_tokens(tmp_path):
     rows = examples(4)
-    module = make(optimizer=sgd)
-    trainer = fit(tmp_path, module, in_batches(rows, 1), accumulate_grad_batches=4)
+    module, stepped = make(optimizer=sgd), Gradients()
+    trainer = fit(
+        tmp_path, module, in_batches(rows, 1), accumulate_grad_batches=4, callbacks=[stepped]
+    )
     nll, tokens = sums(llama(), rows)
     assert trainer.logger["train/loss"] == pytest.approx([nll / tokens], rel=1e-6)
 
@@ -300,8 +324,7 @@ def test_logged_loss_and_gradient_are_the_mean_over_trained_tokens(tmp_path):
     norms = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found = module.model.get_parameter(name).grad
-            torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(stepped.last[name], parameter.grad, rtol=1e-4, atol=1e-6)
             norms.append(parameter.grad.norm())
     norm = torch.stack(norms).norm().item()
     assert trainer.logger["train/grad_norm"] == pytest.approx([norm], rel=1e-4)
@@ -372,11 +395,10 @@ def test_gradient_checkpointing_changes_memory_and_no_number(tmp_path, build, pr
         module.configure_model()
         calls.clear()
         torch.manual_seed(3)
-        batches = in_batches(examples(8), 2)
-        trainer = fit(tmp_path, module, batches, precision=precision)
+        batches, stepped = in_batches(examples(8), 2), Gradients()
+        trainer = fit(tmp_path, module, batches, precision=precision, callbacks=[stepped])
         assert len(calls) == 1 + 4 * (2 if checkpointing else 1)  # 1: the check that adapters fire
-        gradients = {n: p.grad for n, p in module.model.named_parameters() if p.requires_grad}
-        runs.append((trainer.logger["train/loss"], gradients, trainable(module.model)))
+        runs.append((trainer.logger["train/loss"], stepped.last, trainable(module.model)))
     (losses, gradients, weights), other = runs
     assert other[0] == losses
     assert len(losses) == 4
@@ -808,16 +830,17 @@ def test_a_stock_checkpoint_callback_writes_no_base_weight(tmp_path, folder_of_b
 
 
 def test_gradient_clipping_by_value_acts_on_the_mean(tmp_path):
-    module = make(optimizer=sgd)
+    stepped = Gradients()
     fit(
         tmp_path,
-        module,
+        make(optimizer=sgd),
         in_batches(examples(4), 1),
         accumulate_grad_batches=4,
         gradient_clip_val=1e-3,
         gradient_clip_algorithm="value",
+        callbacks=[stepped],
     )
-    gradients = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.requires_grad])
+    gradients = torch.cat([gradient.flatten() for gradient in stepped.last.values()])
     assert gradients.abs().max().item() == pytest.approx(1e-3)
 
 
