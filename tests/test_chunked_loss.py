@@ -274,6 +274,7 @@ def test_a_run_never_holds_the_logits(tmp_path, monkeypatch, kind, evaluate):
     module = make(llama(vocab_size=173), loss=kind, optimizer=sgd)
     data = in_batches(examples(8), 4)
     trainer = make_trainer(tmp_path)
+    module.configure_model()  # tries ten tokens, with their logits
     with Largest(module.model.lm_head.weight) as seen:
         if evaluate:
             trainer.validate(module, data, verbose=False)
