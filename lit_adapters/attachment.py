@@ -110,7 +110,16 @@ def built(
 
 def materialise(adapter: Adapter, layer: nn.Module) -> Adapter:
     """Give a built adapter memory, values not set, on the device of ``layer``."""
-    return adapter.to_empty(device=next(layer.parameters()).device)
+    device = next(layer.parameters()).device
+    for module in adapter.modules():  # `to_empty` takes five times as long
+        for name, p in module._parameters.items():
+            if p is not None:
+                empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+                module._parameters[name] = nn.Parameter(empty, p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=device)
+    return adapter
 
 
 @torch.inference_mode(False)

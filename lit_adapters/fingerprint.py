@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -81,14 +82,15 @@ class Digests:
 
 def sampled(tensor: torch.Tensor, count: int = SAMPLES) -> torch.Tensor:
     """Return evenly spaced values of ``tensor``, on the CPU."""
-    values = tensor.flatten()
-    return values[spaced(len(values), count)].cpu()
+    return tensor.flatten()[spaced(tensor.numel(), count)].cpu()
 
 
-def spaced(length: int, count: int) -> list[int]:
+@lru_cache  # layers have few sizes
+def spaced(length: int, count: int) -> torch.Tensor:
     """Return ``count`` indices from 0 to ``length - 1``, evenly spaced (all of them if fewer)."""
     count = min(count, length)
-    return [i * (length - 1) // max(1, count - 1) for i in range(count)]  # exact: no float32
+    exact = [i * (length - 1) // max(1, count - 1) for i in range(count)]  # no float32
+    return torch.tensor(exact, dtype=torch.int64)
 
 
 def same_base(one: str, other: str) -> bool:

@@ -218,10 +218,11 @@ def _read(
     """Return the tensors of the file, all checked; PEFT's copies of frozen weights among them."""
     with _naming(folder / CONFIG):
         expected = spec.pack(model, adapted)
+    heads = _heads(model)
     copies = {
         f"{PREFIX}{name}.weight": module.get_parameter("weight")
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or id(module) in _heads(model)
+        if isinstance(module, nn.Embedding) or id(module) in heads
     }
     never_read: dict[str, Tensor] = {}
     for name, layer, adapter in adapted:

@@ -74,7 +74,8 @@ def _select(
     spec: Part,
 ) -> list[str]:
     if isinstance(wanted, tuple):
-        return [name for name in modules if name in set(wanted)]
+        meant = set(wanted)
+        return [name for name in modules if name in meant]
     if wanted == "all":
         return [name for name, module in modules.items() if spec.fits(module)]
     if wanted == "all-linear":

@@ -512,10 +512,10 @@ def losses(folder):
     ("number", "where", "at"),
     [
         (signal.SIGINT, "step", 4),
-        (signal.SIGTERM, "step", 7),
         (signal.SIGTERM, "validation", 3),
-        (signal.SIGINT, "validation", 6),
-        (signal.SIGINT, "end", 12),
+        pytest.param(signal.SIGTERM, "step", 7, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "validation", 6, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "end", 12, marks=pytest.mark.slow),
     ],
 )
 def test_the_command_line_says_how_to_go_on_and_does(tmp_path, uninterrupted, number, where, at):

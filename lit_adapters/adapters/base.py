@@ -185,12 +185,15 @@ def bias_of(layer: nn.Module) -> Tensor | None:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module below ``model`` by name, adapters and what is inside them left out."""
-    adapters = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and not any(name == a or name.startswith(a + ".") for a in adapters)
-    }
+    found, inside = {}, None
+    for name, module in model.named_modules():  # what is inside a module follows it
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, Adapter):
+            inside = f"{name}."
+        elif name:
+            found[name] = module
+    return found
 
 
 class Part(ABC):

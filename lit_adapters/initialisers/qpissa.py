@@ -1,8 +1,9 @@
 """QPiSSA (arXiv 2404.02948, section 4) and LoftQ (arXiv 2310.08659): quantise what is left."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ class Split(NamedTuple):
     taken: Factors  # Q is the quantised ``W - scale * B A`` of these
 
 
-@runtime_checkable
-class RewritesBase(Protocol):
+class RewritesBase(ABC):
     """An initialiser that writes the base: D2's one exception."""
 
+    @abstractmethod
     def split(
         self, weight: Tensor, rank: int, scale: float, *, generator: torch.Generator, store: Store
     ) -> Split:
@@ -37,7 +38,7 @@ def remainder(weight: Tensor, taken: Factors, scale: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Alternating:
+class _Alternating(RewritesBase):
     """Settings of both.
 
     Args:
