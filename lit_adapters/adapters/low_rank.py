@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_adapters.adapters.base import Adapter, AdapterSpec
 from lit_adapters.adapters.taken import KeepsTaken
@@ -166,8 +165,8 @@ class LoRAAdapter(KeepsTaken):
         if self.drops(x):
             if self.lora_A0 is not None and self.lora_B0 is not None:
                 output = add_low_rank(layer, output, x, self.lora_A0, self.lora_B0, -self.scale)
-            x = F.dropout(x, self.dropout)
-            return add_low_rank(layer, output, x, self.lora_A, self.lora_B, self.scale)
+            factors = (self.lora_A, self.lora_B, self.scale)
+            return add_low_rank(layer, output, x, *factors, dropout=self.dropout)
         return add_low_rank(layer, output, x, *self.factors(), self.scale)
 
     def drops(self, x: Tensor) -> bool:

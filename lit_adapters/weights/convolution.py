@@ -47,11 +47,18 @@ def _factor_shapes(layer: Convolution, rank: int) -> tuple[Size, Size]:
 
 
 def _add_low_rank(
-    layer: Convolution, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float
+    layer: Convolution,
+    output: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     shape_A, shape_B = factor_shapes(layer, B.shape[1])
+    dropped = (F.dropout(x, dropout) if dropout else x).to(A.dtype)
     # torch's own method, because it knows every padding mode and "same".
-    hidden = cast(Any, layer)._conv_forward(x.to(A.dtype), A.view(shape_A), None)
+    hidden = cast(Any, layer)._conv_forward(dropped, A.view(shape_A), None)
     pointwise = next(f for kind, f in POINTWISE.items() if isinstance(layer, kind))
     branch = pointwise(hidden, B.view(shape_B), groups=layer.groups)
     return output + (branch * scale).to(output.dtype)

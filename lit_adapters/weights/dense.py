@@ -11,6 +11,7 @@ from lit_adapters.weights.storage import (
     is_lookup,
     matrix_shape,
 )
+from lit_adapters.weights.thin_product import thin_product
 
 
 @matrix_shape.register(nn.Linear)
@@ -39,9 +40,15 @@ def _(layer: Conv1D | nn.Embedding, stored: Tensor) -> Tensor:
 @add_low_rank.register(nn.Linear)
 @add_low_rank.register(Conv1D)
 def _(
-    layer: nn.Linear | Conv1D, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float
+    layer: nn.Linear | Conv1D,
+    output: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    return _add_scaled(output, F.linear(x.to(A.dtype), A), B, scale)
+    return _add_scaled(output, thin_product(x, A, dropout), B, scale)
 
 
 @add_low_rank.register(nn.Embedding)

@@ -145,8 +145,9 @@ def add_low_rank(
     A: Tensor,  # (groups * r, in)
     B: Tensor,  # (out, r)
     scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """``output + scale * B A x``, with the matrices applied as ``layer`` applies its own."""
+    """``output + scale * B A dropout(x)``, the matrices applied as ``layer`` applies its own."""
     raise TypeError(f"no storage is registered for {type(layer).__name__}")
 
 

@@ -1,0 +1,54 @@
+"""The product with ``A`` (r, in), keeping for the backward pass no copy of what goes into it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.nn import functional as F
+
+
+def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
+    """``F.linear(F.dropout(x, dropout).to(A.dtype), A)``.
+
+    Autograd would keep a dropped or cast copy of ``x`` (..., in) for every layer that reads it.
+    Kept are ``x`` itself, which layers of one input share, and one byte an element of the mask.
+
+    Args:
+        x: (..., in), floating point.
+        A: (r, in).
+        dropout: Share of the elements of ``x`` that are zeroed; the others grow by
+            ``1 / (1 - dropout)``.
+    """
+    if not torch.is_grad_enabled() or (not dropout and x.dtype == A.dtype):
+        return F.linear((F.dropout(x, dropout) if dropout else x).to(A.dtype), A)
+    product: Tensor = _ThinProduct.apply(x, A, dropout)
+    return product
+
+
+class _ThinProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, dropout: float) -> Tensor:
+        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        ctx.save_for_backward(x, A, keep)
+        ctx.growth = 1 / (1 - dropout) if dropout < 1 else 0.0
+        product = F.linear(_kept(x, keep).to(A.dtype), A)  # autocast may have a dtype of its own
+        return product if keep is None else product.mul_(ctx.growth)  # the thinnest place for it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, A, keep = ctx.saved_tensors
+        to_x = to_A = None
+        if keep is not None:
+            slope = slope * ctx.growth
+        if ctx.needs_input_grad[0]:
+            to_x = _kept((slope @ A.to(slope.dtype)).to(x.dtype), keep)
+        if ctx.needs_input_grad[1]:
+            rows = _kept(x, keep).to(slope.dtype).flatten(0, -2)
+            to_A = (slope.flatten(0, -2).T @ rows).to(A.dtype)
+        return to_x, to_A, None
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else torch.where(keep, x, 0.0)

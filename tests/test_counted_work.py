@@ -1,0 +1,67 @@
+"""A LoRA step against PEFT's by work that can be counted: products, and the peak of the allocator.
+
+A clock would be noise here; benchmarks/lora_against_peft.py has one.
+"""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_adapters import LoRA, attach
+from tests.models import llama
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 200, "num_hidden_layers": 4}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def ours(base, dropout):
+    attach(base, LoRA(rank=8, alpha=16, dropout=dropout, targets=TARGETS))
+    return base.train()
+
+
+def peers(base, dropout):
+    config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS)
+    return peft.get_peft_model(base, config).train()
+
+
+def work(model):
+    """Floating-point operations of a step, and bytes above the model at its peak."""
+    ids = torch.arange(2 * 64).view(2, 64)
+
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())])
+    return counter.get_total_flops(), held.cumsum(0).max().item()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "most"),
+    [
+        (torch.float32, 0.0, 1.0),
+        (torch.float32, 0.05, 0.85),  # no dropped copies of what goes in
+        (torch.bfloat16, 0.0, 0.85),  # nor fp32 ones
+        (torch.bfloat16, 0.05, 0.75),
+    ],
+)
+def test_a_step_does_no_more_work_than_pefts_and_holds_less(dtype, dropout, most):
+    base = llama(**SIZES).to(dtype)
+    flops, peak = zip(
+        *(work(make(copy.deepcopy(base), dropout)) for make in (ours, peers)), strict=True
+    )
+    assert flops[0] == flops[1] > 0
+    assert peak[0] <= most * peak[1]
+    assert peak[0] > 0.3 * peak[1]  # both were counted
