@@ -13,7 +13,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from lit_adapters import DoRA, FullFineTuning, GaLore, LoRA, PiSSA, estimation, initialise
+from lit_adapters import (
+    DoRA,
+    FullFineTuning,
+    GaLore,
+    LoftQ,
+    LoRA,
+    PiSSA,
+    QPiSSA,
+    estimation,
+    initialise,
+)
 from lit_adapters.__main__ import main
 from lit_adapters.estimate_command import parse_size
 from lit_adapters.estimation import estimate, largest_batch
@@ -84,6 +94,9 @@ CASES = {
     "fp4 bf16": {"quantization": "fp4", "precision": "bf16-true"},
     "int8": {"quantization": "int8"},
     "nf4 dora": {"quantization": "nf4", "adapter": DoRA(rank=4)},
+    "nf4 qpissa": {"quantization": "nf4", "initialiser": QPiSSA(iterations=1)},
+    "nf4 loftq": {"quantization": "nf4", "initialiser": LoftQ(iterations=2)},
+    "int8 qpissa": {"quantization": "int8", "initialiser": QPiSSA(iterations=1)},
 }
 
 
