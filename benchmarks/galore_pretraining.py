@@ -41,6 +41,7 @@ from pathlib import Path
 
 import torch
 from galore_report import Run, plot, short, table
+from machine import named
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -224,7 +225,7 @@ def caption(options: argparse.Namespace, held_out: Tensor) -> str:
     changes = math.ceil(options.steps / options.update_gap)
     tokens = options.steps * BATCH * BLOCK
     return (
-        f"CPU, one thread, torch {torch.__version__}. {options.steps} steps of {BATCH * BLOCK} "
+        f"{named('cpu')}, one thread. {options.steps} steps of {BATCH * BLOCK} "
         f"tokens ({tokens:,} tokens, seeds {', '.join(map(str, options.seeds))}), "
         f"{held_out.numel():,} tokens held out. GaLore: {changes} subspaces, "
         f"{options.update_gap} steps each, scale {options.scale:g}."

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -124,7 +125,7 @@ def test_the_command_writes_table_json_and_plot(benchmark, blocks, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["", *arguments, "--methods", *wanted, *files])
     benchmark.main()
     said, _, head, _, *rows = capsys.readouterr().out.strip().splitlines()
-    assert said.startswith(f"CPU, one thread, torch {torch.__version__}. 2 steps of ")
+    assert re.match(r"CPU, .*, torch .*, one thread\. 2 steps of ", said)
     assert "GaLore: 2 subspaces, 1 steps each" in said
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (head, *rows)]
     assert [row[0] for row in cells[1:]] == ["Full rank", "GaLore", "GaLore", "Matrices frozen"]
