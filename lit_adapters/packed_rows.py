@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.blockwise_attention import BLOCKWISE
@@ -65,7 +66,7 @@ def _obstacle(model: Any) -> str | None:
         return f"{', '.join(sorted(moved))} puts something before the first sequence only"
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return "the model is compiled, and would be again for all lengths that come up"
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters()):
         return "the model has no weights yet to try it with"
     return None
 
