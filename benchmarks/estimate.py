@@ -30,10 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_adapters import DoRA, FullFineTuning, GaLore, InitAdapters, LoRA, PiSSA
 from lit_adapters.data.batches import collate
 from lit_adapters.data.tokens import Tokens
-from lit_adapters.estimation import estimate
+from lit_adapters.estimate import Rehearsal, Training, estimate
 from lit_adapters.module import AdapterFineTuneModule
-from lit_adapters.rehearsal import Rehearsal
-from lit_adapters.shapes import Training
 
 LOWEST, HIGHEST = 0.85, 1.15
 SMALL = {"hidden": 256, "layers": 6, "vocabulary": 8_000, "batch": 4, "length": 128}

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         preview(words[1:])
     elif command == ESTIMATE:
-        from lit_adapters.estimate_command import EstimateCLI
+        from lit_adapters.estimate.command import EstimateCLI
 
         EstimateCLI(_switched(words)[1:])
     elif command in TRAINING or command.startswith("-"):

@@ -53,16 +53,12 @@ FLOORS = {
     "evaluation.py": 5,
     "generation.py": 5,
     "model_loss.py": 5,
-    "memory_trace.py": 1,
-    "shapes.py": 6,
-    "rehearsal.py": 6,
-    "estimation.py": 6,
+    "estimate/memory_trace.py": 1,
+    "estimate/": 6,
     "suggestions.py": 6,
     "cli.py": 6,
     "commands.py": 6,
     "preview.py": 6,
-    "estimate_command.py": 6,
-    "estimate_table.py": 6,
     "__main__.py": 6,
 }
 FACE = "__init__.py"  # the root's: above every floor, imported by nobody inside

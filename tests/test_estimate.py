@@ -21,16 +21,14 @@ from lit_adapters import (
     LoRA,
     PiSSA,
     QPiSSA,
-    estimation,
     initialise,
 )
 from lit_adapters.__main__ import main
-from lit_adapters.estimate_command import parse_size
-from lit_adapters.estimation import estimate, largest_batch
+from lit_adapters.estimate import Rehearsal, Training, estimate, estimation, largest_batch
+from lit_adapters.estimate.command import parse_size
+from lit_adapters.estimate.shapes import like
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.optim import GaLoreEngine, parameter_groups
-from lit_adapters.rehearsal import Rehearsal
-from lit_adapters.shapes import Training, like
 from lit_adapters.targets import match_targets
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -113,6 +113,8 @@ class MemoryTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Run one operation."""
+        if func is torch.ops.prim.device.default:  # more often asked than all else is run
+            return args[0].fake_device
         result = self._run(func, types, args, kwargs or {})
         for tensor in tensors_in((result,)):
             if not is_bare(tensor):
@@ -153,7 +155,8 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def is_bare(tensor: Tensor) -> bool:
     """Whether a tensor is on the meta device, where nothing takes memory."""
-    return tensor.device.type == "meta"
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return device.type == "meta"
 
 
 def without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:

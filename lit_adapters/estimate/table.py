@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from lit_adapters.estimation import Estimate
-from lit_adapters.memory_trace import CATEGORIES
-from lit_adapters.shapes import Training
+from lit_adapters.estimate.estimation import Estimate
+from lit_adapters.estimate.memory_trace import CATEGORIES
+from lit_adapters.estimate.shapes import Training
 
 ROWS = {
     "base": "frozen base",

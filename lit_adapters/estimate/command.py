@@ -17,10 +17,10 @@ from rich.console import Console
 from lit_adapters.adapters import FullFineTuning, LoRA
 from lit_adapters.callbacks import GaLore
 from lit_adapters.cli import AdapterCLI
-from lit_adapters.estimate_table import Column, as_json, show
-from lit_adapters.estimation import estimate, largest_batch
-from lit_adapters.rehearsal import Rehearsal
-from lit_adapters.shapes import Training
+from lit_adapters.estimate.estimation import estimate, largest_batch
+from lit_adapters.estimate.rehearsal import Rehearsal
+from lit_adapters.estimate.shapes import Training
+from lit_adapters.estimate.table import Column, as_json, show
 
 WIDTH = 120  # of a table that goes to a file
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

@@ -11,8 +11,8 @@ from lit_adapters.adapters.low_rank import LoRAAdapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.base_model import empty_base
 from lit_adapters.callbacks import GaLore
+from lit_adapters.estimate.memory_trace import MemoryTrace
 from lit_adapters.initialisers import Initialiser, RewritesBase
-from lit_adapters.memory_trace import MemoryTrace
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.precision import base_dtype, compute_dtype
 from lit_adapters.weights import allocate, settle

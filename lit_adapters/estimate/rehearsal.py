@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from lit_adapters.adapters import Adapter
 from lit_adapters.data.batches import collate
 from lit_adapters.data.tokens import Tokens
+from lit_adapters.estimate.memory_trace import Category, MemoryTrace, Peak
+from lit_adapters.estimate.shapes import Training, built_with_shapes
 from lit_adapters.losses import tokens_per_chunk
-from lit_adapters.memory_trace import Category, MemoryTrace, Peak
 from lit_adapters.model_loss import stated_shape
 from lit_adapters.optim import SHADOW, GaLoreEngine, fuse, hold_ratios, parameter_groups
-from lit_adapters.shapes import Training, built_with_shapes
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import side_tensors
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from lit_adapters.memory_trace import CATEGORIES, Category, Peak
-from lit_adapters.rehearsal import Rehearsal
+from lit_adapters.estimate.memory_trace import CATEGORIES, Category, Peak
+from lit_adapters.estimate.rehearsal import Rehearsal
 
 FEW, MORE = 2, 3  # groups of layers in the two runs that tell of all
 
