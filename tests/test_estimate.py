@@ -26,6 +26,8 @@ from lit_adapters import (
 from lit_adapters.__main__ import main
 from lit_adapters.estimate import Rehearsal, Training, estimate, estimation, largest_batch
 from lit_adapters.estimate.command import parse_size
+from lit_adapters.estimate.estimation import peaks_of
+from lit_adapters.estimate.memory_trace import Peak
 from lit_adapters.estimate.shapes import like
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.optim import GaLoreEngine, parameter_groups
@@ -227,26 +229,36 @@ def test_checkpointing_and_half_a_batch_save_activations(base):
 
 
 @pytest.mark.parametrize("start", [1, 8, 50, 1000])
-@pytest.mark.parametrize("memory", [99, 100, 110, 199, 471, 10**4])
-def test_the_largest_batch_fits_and_the_next_does_not(memory, start):
+@pytest.mark.parametrize("memory", [80, 99, 100, 110, 199, 471, 10**4])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        lambda n: {"forward": 90 + 10 * n, "backward": 12 * n},  # another part takes over
+        lambda n: {"forward": 5 * n, "step": 300},
+        lambda n: {"forward": 70 + n * n},  # far from a line
+        lambda n: {"loss": 60 + 8 * (n - n % 7)},  # in steps, as chunks are
+    ],
+)
+def test_the_largest_batch_fits_and_the_next_does_not(sizes, memory, start):
 
-    def peak(n):
-        return max(90 + 10 * n, 12 * n)  # another part of the step takes over
+    def peaks(n):
+        return {part: Peak(total) for part, total in sizes(n).items()}
 
-    found = largest_batch(peak, memory, start)
-    assert found == max((n for n in range(10**4) if n and peak(n) <= memory), default=0)
+    found = largest_batch(peaks, memory, start)
+    fitting = (n for n in range(10**4) if n and max(sizes(n).values()) <= memory)
+    assert found == max(fitting, default=0)
 
 
 def test_the_search_is_short_and_true_of_a_model(base):
     rehearsal = Rehearsal(training(base))
     asked = []
 
-    def peak(n):
+    def peaks(n):
         asked.append(n)
-        return estimate(rehearsal, n).peak
+        return peaks_of(rehearsal, n)
 
-    assert largest_batch(peak, estimate(rehearsal, 37).peak, ROWS) == 37
-    assert len(asked) <= 5
+    assert largest_batch(peaks, estimate(rehearsal, 37).peak, ROWS) == 37
+    assert len(asked) <= 4
 
 
 # --- the command ---------------------------------------------------------------------------------

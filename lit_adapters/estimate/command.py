@@ -17,7 +17,7 @@ from rich.console import Console
 from lit_adapters.adapters import FullFineTuning, LoRA
 from lit_adapters.callbacks import GaLore
 from lit_adapters.cli import AdapterCLI
-from lit_adapters.estimate.estimation import estimate, largest_batch
+from lit_adapters.estimate.estimation import largest_batch, peaks_of, summary
 from lit_adapters.estimate.rehearsal import Rehearsal
 from lit_adapters.estimate.shapes import Training
 from lit_adapters.estimate.table import Column, as_json, show
@@ -186,10 +186,10 @@ def compare(training: Training, memory: int | None) -> list[Column]:
 
 def _columns(name: str, training: Training, memory: int | None) -> Iterator[Column]:
     """Yield the column of one way to train, and then that of half its batch."""
-    found = cache(partial(estimate, Rehearsal(training)))
+    found = cache(partial(peaks_of, Rehearsal(training)))
     size, most = training.batch_size, None
     if memory is not None:
-        most = largest_batch(lambda n: found(n).peak, memory, size)
-    yield Column(name, size, found(size), most)
+        most = largest_batch(found, memory, size)
+    yield Column(name, size, summary(found(size)), most)
     if size > 1:
-        yield Column("half the batch", size // 2, found(size // 2), most)
+        yield Column("half the batch", size // 2, summary(found(size // 2)), most)

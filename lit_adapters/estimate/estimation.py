@@ -1,6 +1,6 @@
 """How much memory a training step takes, and how large a micro-batch may be."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from lit_adapters.estimate.memory_trace import CATEGORIES, Category, Peak
 from lit_adapters.estimate.rehearsal import Rehearsal
 
 FEW, MORE = 2, 3  # groups of layers in the two runs that tell of all
+LEAP = 64  # how far beyond the batches that were run the next may be
 
 
 @dataclass(frozen=True)
@@ -38,56 +39,68 @@ class Estimate:
 def estimate(rehearsal: Rehearsal, batch_size: int | None = None) -> Estimate:
     """Return the memory of a step with this micro-batch, or with that of the training.
 
-    Where a model repeats equal layers, steps of two and of three of them are run: what is held
-    while the first or the last is at work, or none, lies on a straight line over their number; what
-    is held between grows or shrinks from one to the other.
-
     Raises:
         RuntimeError: if the model decides about shapes by numbers, which there are none of.
     """
-    size = batch_size or rehearsal.training.batch_size
+    return summary(peaks_of(rehearsal, batch_size or rehearsal.training.batch_size))
+
+
+def peaks_of(rehearsal: Rehearsal, batch_size: int) -> dict[Any, Peak]:
+    """Return the peaks of the parts of a step; raises as `estimate` does.
+
+    Where a model repeats equal layers, steps of two and of three of them are run: what is held
+    while the first or the last is at work, or none, lies on a straight line over their number; what
+    is held between grows or shrinks from one to the other.
+    """
     stack, period = repeated_layers(rehearsal.model)
     count = len(stack) // period
     try:
         if count <= MORE:
-            return _summary(rehearsal.run(size, _groups(stack, period)))
+            return rehearsal.run(batch_size, _groups(stack, period))
         with _first(stack, FEW * period):
-            few = rehearsal.run(size, _groups(stack, period))
+            few = rehearsal.run(batch_size, _groups(stack, period))
         with _first(stack, MORE * period):
-            more = rehearsal.run(size, _groups(stack, period))
+            more = rehearsal.run(batch_size, _groups(stack, period))
     except (DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
         raise RuntimeError(
             f"{type(rehearsal.model).__name__} cannot be estimated: it computes {error}, whose "
             "shape depends on numbers; measure a short fit instead (--trainer.max_steps=3 logs "
             "memory/peak_mb)"
         ) from error
-    return _summary(_extrapolated(few, more, count))
+    return _extrapolated(few, more, count)
 
 
-def largest_batch(peak: Callable[[int], int], memory: int, start: int) -> int:
+def largest_batch(peaks: Callable[[int], Mapping[Any, Peak]], memory: int, start: int) -> int:
     """Return the largest micro-batch whose peak is at most ``memory`` bytes; 0 if there is none.
 
-    A peak is about a straight line over the batch size: each guess lies on the line through two of
-    those found so far, and the search ends where that says that one more would not fit.
+    The peak of each part of a step is about a straight line over the batch size. A guess is where
+    the first of these lines leaves the memory; the answer is one that was run and fits, while the
+    next one was run and does not.
 
     Args:
-        peak: Of a micro-batch, bytes.
+        peaks: Of the parts, by the micro-batch.
         memory: What there is, bytes.
         start: A micro-batch to begin with.
     """
-    peaks = {n: peak(n) for n in (max(2, start) // 2, max(2, start))}
+    known = {n: peaks(n) for n in (max(2, start) // 2, max(2, start))}
     while True:
-        fits = max((n for n in peaks if peaks[n] <= memory), default=0)
-        over = min((n for n in peaks if peaks[n] > memory), default=None)
-        known = sorted(peaks)
-        low, high = (fits, over) if fits and over else known[-2:] if fits else known[:2]
-        slope = max(1.0, (peaks[high] - peaks[low]) / (high - low))
-        guess = min(int(low + (memory - peaks[low]) / slope), over - 1 if over else 8 * known[-1])
-        if guess <= fits:
-            if fits or 1 in peaks:
-                return fits
-            guess = 1
-        peaks[guess] = peak(guess)
+        fits = max((n for n, p in known.items() if highest(p).total <= memory), default=0)
+        over = min((n for n, p in known.items() if highest(p).total > memory), default=None)
+        if over == fits + 1:
+            return fits
+        sizes = sorted(known)
+        low, high = (fits, over) if fits and over else sizes[-2:] if fits else sizes[:2]
+        farthest = over - 1 if over else LEAP * sizes[-1]
+        guess = min(
+            (
+                low + (memory - part.total) * (high - low) // slope
+                for key, part in known[low].items()
+                if (slope := known[high][key].total - part.total) > 0
+            ),
+            default=farthest,
+        )
+        guess = min(max(guess, fits + 1), farthest)
+        known[guess] = peaks(guess)
 
 
 def repeated_layers(model: nn.Module) -> tuple[nn.ModuleList, int]:
@@ -149,7 +162,13 @@ def _extrapolated(few: dict[Any, Peak], more: dict[Any, Peak], groups: int) -> d
     }
 
 
-def _summary(peaks: dict[Any, Peak]) -> Estimate:
+def highest(peaks: Mapping[Any, Peak]) -> Peak:
+    """Return the highest peak of all parts."""
+    return max(peaks.values(), key=lambda peak: peak.total)
+
+
+def summary(peaks: Mapping[Any, Peak]) -> Estimate:
+    """Return what the peaks of the parts say of the whole step."""
     part, peak = max(peaks.items(), key=lambda item: item[1].total)
     largest = {key: max(p.largest[key] for p in peaks.values()) for key in CATEGORIES}
     return Estimate(peak.total, peak.parts, largest, part[0])
