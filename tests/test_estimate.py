@@ -26,8 +26,8 @@ from lit_adapters import (
 from lit_adapters.__main__ import main
 from lit_adapters.estimate import Rehearsal, Training, estimate, estimation, largest_batch
 from lit_adapters.estimate.command import parse_size
-from lit_adapters.estimate.estimation import peaks_of
-from lit_adapters.estimate.memory_trace import Peak
+from lit_adapters.estimate.estimation import peaks_of, summary
+from lit_adapters.estimate.memory_trace import CATEGORIES, Peak
 from lit_adapters.estimate.shapes import like
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.optim import GaLoreEngine, parameter_groups
@@ -204,9 +204,11 @@ def test_the_peak_is_that_of_the_allocator(base, name):
 )
 def test_few_layers_tell_of_all(base, settings, monkeypatch):
     rehearsal = Rehearsal(training(base, **settings))
-    extrapolated = estimate(rehearsal)
+    few = peaks_of(rehearsal, ROWS)
     monkeypatch.setattr(estimation, "MORE", 6)
-    assert extrapolated == estimate(rehearsal)
+    every = peaks_of(rehearsal, ROWS)
+    assert summary(few) == summary(every)
+    assert few["step", ""].total == every["step", ""].total
 
 
 def test_layers_that_differ_are_all_run(base):
@@ -231,34 +233,42 @@ def test_checkpointing_and_half_a_batch_save_activations(base):
 @pytest.mark.parametrize("start", [1, 8, 50, 1000])
 @pytest.mark.parametrize("memory", [80, 99, 100, 110, 199, 471, 10**4])
 @pytest.mark.parametrize(
-    "sizes",
+    ("farthest", "sizes"),
     [
-        lambda n: {"forward": 90 + 10 * n, "backward": 12 * n},  # another part takes over
-        lambda n: {"forward": 5 * n, "step": 300},
-        lambda n: {"forward": 70 + n * n},  # far from a line
-        lambda n: {"loss": 60 + 8 * (n - n % 7)},  # in steps, as chunks are
+        (100, lambda n: {"forward": 90 + 10 * n, "backward": 12 * n}),  # another part takes over
+        (1, lambda n: {"forward": 5 * n, "step": 300}),
+        (500, lambda n: {"forward": 70 + n * n}),  # far from a line
+        (30, lambda n: {"loss": 60 + 50 * min(n, 7) + n}),  # until there is a chunk
     ],
 )
-def test_the_largest_batch_fits_and_the_next_does_not(sizes, memory, start):
+def test_the_largest_batch_fits_and_the_next_does_not(farthest, sizes, memory, start):
 
     def peaks(n):
-        return {part: Peak(total) for part, total in sizes(n).items()}
+        parts = [dict.fromkeys(CATEGORIES, 0)] * 2
+        return {part: Peak(total, *parts) for part, total in sizes(n).items()}
 
-    found = largest_batch(peaks, memory, start)
+    found = largest_batch(peaks, memory, start, farthest)
     fitting = (n for n in range(10**4) if n and max(sizes(n).values()) <= memory)
     assert found == max(fitting, default=0)
 
 
-def test_the_search_is_short_and_true_of_a_model(base):
-    rehearsal = Rehearsal(training(base))
+@pytest.mark.parametrize("name", ["lora", "full", "galore", "nf4"])
+def test_the_search_is_short_and_true_of_a_model(base, name):
+    rehearsal = Rehearsal(training(base, **CASES[name]))
     asked = []
 
     def peaks(n):
         asked.append(n)
         return peaks_of(rehearsal, n)
 
-    assert largest_batch(peaks, estimate(rehearsal, 37).peak, ROWS) == 37
+    memory = estimate(rehearsal, 37).peak
+    assert largest_batch(peaks, memory, ROWS, 100) == 37
     assert len(asked) <= 4
+    rehearsal.module.model_loss.chunk = 32  # tokens: many chunks, as there are in large batches
+    beyond = estimate(rehearsal, 370).peak
+    asked.clear()
+    assert largest_batch(peaks, beyond, ROWS, 80) == pytest.approx(370, rel=0.01)
+    assert max(asked) == 80
 
 
 # --- the command ---------------------------------------------------------------------------------

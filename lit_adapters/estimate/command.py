@@ -186,10 +186,11 @@ def compare(training: Training, memory: int | None) -> list[Column]:
 
 def _columns(name: str, training: Training, memory: int | None) -> Iterator[Column]:
     """Yield the column of one way to train, and then that of half its batch."""
-    found = cache(partial(peaks_of, Rehearsal(training)))
+    rehearsal = Rehearsal(training)
+    found = cache(partial(peaks_of, rehearsal))
     size, most = training.batch_size, None
     if memory is not None:
-        most = largest_batch(found, memory, size)
+        most = largest_batch(found, memory, size, rehearsal.farthest)
     yield Column(name, size, summary(found(size)), most)
     if size > 1:
         yield Column("half the batch", size // 2, summary(found(size // 2)), most)

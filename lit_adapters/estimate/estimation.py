@@ -1,5 +1,6 @@
 """How much memory a training step takes, and how large a micro-batch may be."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from lit_adapters.estimate.memory_trace import CATEGORIES, Category, Peak
 from lit_adapters.estimate.rehearsal import Rehearsal
 
 FEW, MORE = 2, 3  # groups of layers in the two runs that tell of all
-LEAP = 64  # how far beyond the batches that were run the next may be
+MOST = 10**9  # sequences
 
 
 @dataclass(frozen=True)
@@ -67,40 +68,48 @@ def peaks_of(rehearsal: Rehearsal, batch_size: int) -> dict[Any, Peak]:
             "shape depends on numbers; measure a short fit instead (--trainer.max_steps=3 logs "
             "memory/peak_mb)"
         ) from error
-    return _extrapolated(few, more, count)
+    return _on_lines(count, (FEW, few), (MORE, more))
 
 
-def largest_batch(peaks: Callable[[int], Mapping[Any, Peak]], memory: int, start: int) -> int:
+def largest_batch(
+    peaks: Callable[[int], Mapping[Any, Peak]], memory: int, start: int, farthest: int
+) -> int:
     """Return the largest micro-batch whose peak is at most ``memory`` bytes; 0 if there is none.
 
-    The peak of each part of a step is about a straight line over the batch size. A guess is where
-    the first of these lines leaves the memory; the answer is one that was run and fits, while the
-    next one was run and does not.
+    The peak of each part of a step is about a straight line over the batch size. What the lines
+    through the batches that were run say of the answer is proven by running it, or, if it is
+    beyond ``farthest``, that; where they were wrong, the new peaks make new lines.
 
     Args:
         peaks: Of the parts, by the micro-batch.
         memory: What there is, bytes.
         start: A micro-batch to begin with.
+        farthest: Larger ones are not run.
     """
-    known = {n: peaks(n) for n in (max(2, start) // 2, max(2, start))}
+    known = {n: peaks(n) for n in (start, 2 * start)}
+    farthest = max(farthest, 2 * start)
+
+    def expected(size: int) -> int:
+        return highest(known.get(size) or _read(known, size)).total
+
     while True:
-        fits = max((n for n, p in known.items() if highest(p).total <= memory), default=0)
-        over = min((n for n, p in known.items() if highest(p).total > memory), default=None)
-        if over == fits + 1:
-            return fits
-        sizes = sorted(known)
-        low, high = (fits, over) if fits and over else sizes[-2:] if fits else sizes[:2]
-        farthest = over - 1 if over else LEAP * sizes[-1]
-        guess = min(
-            (
-                low + (memory - part.total) * (high - low) // slope
-                for key, part in known[low].items()
-                if (slope := known[high][key].total - part.total) > 0
-            ),
-            default=farthest,
-        )
-        guess = min(max(guess, fits + 1), farthest)
-        known[guess] = peaks(guess)
+        found = bisect_right(range(1, MOST), memory, key=expected)
+        to_run = (max(1, found), found + 1) if found < farthest else (farthest, farthest // 2)
+        size = next((n for n in to_run if n not in known), None)
+        if size is None:
+            return found
+        before = expected(size)
+        known[size] = peaks(size)
+        if expected(size) == before:
+            return found
+
+
+def _read(known: Mapping[int, Mapping[Any, Peak]], size: int) -> dict[Any, Peak]:
+    """Return the peaks of a micro-batch from the nearest two that are known."""
+    sizes = sorted(known)
+    above = min(max(1, bisect_right(sizes, size)), len(sizes) - 1)
+    low, high = sizes[above - 1 : above + 1]
+    return _on_lines(size, (low, known[low]), (high, known[high]))
 
 
 def repeated_layers(model: nn.Module) -> tuple[nn.ModuleList, int]:
@@ -143,22 +152,28 @@ def _first(stack: nn.ModuleList, count: int) -> Iterator[None]:
         stack._modules = whole
 
 
-def _extrapolated(few: dict[Any, Peak], more: dict[Any, Peak], groups: int) -> dict[Any, Peak]:
-    """Return the peaks of all layers from those of `FEW` and `MORE` groups of them."""
+def _on_lines(
+    place: int, first: tuple[int, Mapping[Any, Peak]], second: tuple[int, Mapping[Any, Peak]]
+) -> dict[Any, Peak]:
+    """Return the peaks at a place on the lines through those at two others.
 
-    def line(first: int, second: int) -> int:
-        return first + (second - first) // (MORE - FEW) * (groups - FEW)
+    Places are numbers of layers, or of sequences.
+    """
+    (start, low), (end, high) = first, second
 
-    def lines(first: dict[Category, int], second: dict[Category, int]) -> dict[Category, int]:
-        return {key: line(first[key], second[key]) for key in CATEGORIES}
+    def line(one: int, other: int) -> int:
+        return one + (other - one) * (place - start) // (end - start)
+
+    def lines(one: dict[Category, int], other: dict[Category, int]) -> dict[Category, int]:
+        return {key: line(one[key], other[key]) for key in CATEGORIES}
 
     return {
         part: Peak(
-            line(few[part].total, more[part].total),
-            lines(few[part].parts, more[part].parts),
-            lines(few[part].largest, more[part].largest),
+            line(low[part].total, high[part].total),
+            lines(low[part].parts, high[part].parts),
+            lines(low[part].largest, high[part].largest),
         )
-        for part in few.keys() & more.keys()
+        for part in low.keys() & high.keys()
     }
 
 

@@ -58,6 +58,7 @@ class MemoryTrace(TorchDispatchMode):
         self.held = dict.fromkeys(CATEGORIES, 0)
         self.total = 0
         self.peaks = {}
+        self._now = Peak()  # what comes before the first part is no peak of the last one's
         self._storages.clear()
 
     def empty(self, like: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from lit_adapters.optim import SHADOW, GaLoreEngine, fuse, hold_ratios, paramete
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import side_tensors
 
+CHUNKS = 16  # of tokens that the loss scores at a time
+
 
 class Rehearsal:
     """A model of shapes, built and adapted, whose training step can be run at any batch size."""
@@ -34,6 +36,8 @@ class Rehearsal:
         head = model.get_output_embeddings()
         module.model_loss.chunk = tokens_per_chunk(len(head.weight), training.device)
         self.module, self.model = module, model
+        # Larger micro-batches repeat what the loss does with a chunk, and nothing else is new.
+        self.farthest = CHUNKS * module.model_loss.chunk // training.max_length
 
     def run(self, batch_size: int, groups: Sequence[Sequence[nn.Module]] = ()) -> dict[Any, Peak]:
         """Make two optimizer steps, and return the peaks of the parts of the second.
