@@ -118,12 +118,12 @@ def build(one: Training):
 
 
 def step(module, optimizer, precision="32-true"):
-    """What the trainer does, in its order: gradients of the last step live through the forward."""
+    """What the trainer does with our module: no gradients of the last step in the forward."""
+    optimizer.zero_grad()
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         loss = module.training_step(batch, 0)
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 

@@ -18,6 +18,7 @@ from lit_adapters.estimate.shapes import Training, built_with_shapes
 from lit_adapters.losses import tokens_per_chunk
 from lit_adapters.model_loss import stated_shape
 from lit_adapters.optim import SHADOW, GaLoreEngine, fuse, hold_ratios, parameter_groups
+from lit_adapters.optim.shadow import Shadowed
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import side_tensors
 
@@ -54,7 +55,7 @@ class Rehearsal:
         tokens = Tokens(input_ids=[0] * training.max_length, labels=[0] * training.max_length)
         batch = collate([tokens] * batch_size, pad_id=0)
         self._assign_model()
-        with trace, self._marked(groups):
+        with trace:
             optimizer, engine = self._optimizer()
             trained = [
                 p
@@ -63,16 +64,16 @@ class Rehearsal:
             ]
             torch.autograd.backward(trained, [torch.empty_like(p) for p in trained])
             optimizer.step()
+            optimizer.zero_grad()
             trace.assign(state_of(optimizer, engine), "optimizer")
-            trace.assign(gradients_of(optimizer), "gradients")
             if engine is not None:
                 for one in engine.projected.values():
                     one.age = engine.settings.update_gap  # the step with most memory
             trace.peaks.clear()
-            self._step(batch, optimizer, engine)
+            with self._marked(groups, engine):
+                self._step(batch, optimizer, engine)
             if engine is not None:
                 engine.remove()
-            optimizer.zero_grad()
         return trace.peaks
 
     def _step(self, batch: Any, optimizer: Optimizer, engine: GaLoreEngine | None) -> None:
@@ -91,6 +92,7 @@ class Rehearsal:
         if engine is not None:
             engine.finish_window()
         gradients = gradients_of(optimizer)
+        trace.assign(gradients, "gradients")
         torch._foreach_mul_(gradients, 1.0)
         nn.utils.get_total_norm(gradients)
         if training.clip:
@@ -122,7 +124,9 @@ class Rehearsal:
         assign(model.buffers(), "workspace")
 
     @contextmanager
-    def _marked(self, groups: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
+    def _marked(
+        self, groups: Sequence[Sequence[nn.Module]], engine: GaLoreEngine | None
+    ) -> Iterator[None]:
         """Tell the trace which part of the step is being computed."""
         trace, handles = self.trace, []
 
@@ -147,18 +151,20 @@ class Rehearsal:
         handles.append(
             self.model.base_model.register_forward_hook(partial(mark, ("loss", ""), "logits"))
         )
+        projected = {id(one.weight): one for one in engine.projected.values()} if engine else {}
         for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+            if parameter.requires_grad:  # after GaLore's own hook, which takes it at once
+                hook = partial(self._arrived, projected.get(id(parameter)))
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _arrived(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:  # GaLore takes it at once
-            self.trace.assign([parameter.grad], "gradients")
+    def _arrived(self, one: Shadowed | None, parameter: Tensor) -> None:
+        found = (parameter.grad,) if one is None else (one.shadow.grad, one.kept)
+        self.trace.assign((g for g in found if g is not None), "gradients")
 
 
 @contextmanager
