@@ -12,7 +12,6 @@ On CUDA it is ``torch.cuda.max_memory_allocated``. The estimate sees config.json
 import argparse
 import gc
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from lightning.pytorch import Callback, Trainer
+from machine import named
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -226,12 +226,8 @@ def main() -> None:
     if options.child:
         print(measure(options.child, options.base, options.device))
         return
-    machine = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n")
+    machine = named(options.device, "lightning", "transformers", "bitsandbytes")
+    print(f"{machine}. Peak of a step of a random Llama, MB.\n")
     rows: list[dict[str, Any]] = []
     for name in options.only:
         rows.append(compare(name, options.device))

@@ -44,6 +44,11 @@ CALLBACKS = {
     "summary": RichModelSummary,
     "report": RunReport,
 }
+SWITCHED_OFF = {
+    "samples": "samples.limit: 0",
+    "progress": "trainer.enable_progress_bar: false",
+    "summary": "trainer.enable_model_summary: false",
+}
 
 
 class TrainingParser(ClearErrors, LightningArgumentParser):
@@ -89,6 +94,13 @@ class AdapterCLI(LightningCLI):
         A link of arguments would be broken by parsing without defaults, as a resume does.
         """
         config = self.config[self.subcommand] if self.subcommand else self.config
+        for key in CALLBACKS:
+            if key in config and config[key] is None:
+                off = SWITCHED_OFF.get(key)
+                raise ValueError(
+                    f"{key} is a group of settings, got null; leave it out for its defaults"
+                    + (f", or switch it off with {off}" if off else "")
+                )
         for key in ("samples", "predictions"):
             if config[key].metrics is None:
                 config[key].metrics = config.metrics

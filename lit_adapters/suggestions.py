@@ -31,6 +31,9 @@ _CHOICES = re.compile(
     r".*^ *Given value: (?P<value>.*)",
     re.MULTILINE | re.DOTALL,
 )
+_NO_FILE = re.compile(
+    r"^Parser key \"(?P<key>[\w.]+)\":\s+Unable to load config '(?P<value>[^']*)'"
+)
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
@@ -46,6 +49,11 @@ def clearer(message: str, options: Sequence[str], classes: Sequence[str] = ()) -
         dashes = "--" if unknown["flag"] else ""
         name = (unknown["flag"] or unknown["key"] or unknown["setting"]).lstrip("-")
         return f"unknown option {dashes + name!r}{_meant(name, options, dashes)}"
+    if wrong := _NO_FILE.match(message):
+        key, value = wrong.groups()
+        return (
+            f"{key} is a group of settings, and {value!r} no file of them; give --{key}.NAME=VALUE"
+        )
     place = _PLACE.search(message)
     where = f"{place[1]}: " if place else ""
     if inside := _INSIDE.search(message):  # said by the parser of a class

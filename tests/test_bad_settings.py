@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_adapters import LoRA, attach
+from lit_adapters.__main__ import main
 from lit_adapters.datamodule import InstructionDataModule
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.suggestions import ClearErrors, clearer
@@ -234,6 +235,35 @@ def test_a_fit_that_cannot_start_says_why_and_writes_no_checkpoint(tmp_path, mor
         assert word in line
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def typed(*words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lit_adapters", *map(str, words)])
+        main()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("samples: null\n", "samples is a group.*null.*switch it off with samples.limit: 0"),
+        ("progress: null\n", "switch it off with trainer.enable_progress_bar: false"),
+        ("checkpoint: null\n", "checkpoint is a group of settings, got null; leave it out"),
+    ],
+)
+def test_a_group_of_settings_that_is_null_is_named(text, line, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=line):
+        typed("fit", "--config", tmp_path / "bad.yaml")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_group_of_settings_that_is_null_in_a_flag_is_named(capsys):
+    line = said(lambda: typed("fit", "--samples", "null"), capsys)
+    assert line == (
+        "samples is a group of settings, and 'null' no file of them; give --samples.NAME=VALUE"
+    )
 
 
 # ---------------------------------------------------------------- in Python

@@ -341,6 +341,11 @@ def test_averages_of_weights_are_refused_in_words(tmp_path, average):
         fit(tmp_path, Foreign(), other)
 
 
+def test_a_second_one_is_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match="several GaLore callbacks.*give one"):
+        fit(tmp_path, Foreign(), GaLore(4), GaLore(2))
+
+
 # ---------------------------------------------------------------- precision
 
 
@@ -721,7 +726,7 @@ def test_early_stopping_stops_and_the_state_is_of_that_step(tmp_path):
     stop = EarlyStopping("loss", stopping_threshold=100.0, check_on_train_epoch_end=True)
     trainer, _ = fit(tmp_path, module, galore, stop, max_epochs=3)
     assert trainer.global_step == 24
-    assert {e["steps"] for e in galore.state_dict()["weights"].values()} == {24}
+    assert {e["steps"] for e in galore.engine.state_dict()["weights"].values()} == {24}
 
 
 # ---------------------------------------------------------------- the embedded base

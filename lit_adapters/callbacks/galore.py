@@ -70,10 +70,16 @@ class GaLore(Callback):
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what it cannot work with: averages of weights, gradients not whole on a device."""
+        """Refuse what it cannot work with: another, averages of weights, gradients in parts."""
         if stage != "fit":
             return
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(other, GaLore) for other in callbacks) > 1:
+            raise ValueError(
+                "there are several GaLore callbacks, and one projects all it is to; give one, with "
+                "`targets` that name every weight meant"
+            )
+        for other in callbacks:
             # They pair their copy's parameters with the module's, which has shadows among them.
             if isinstance(other, StochasticWeightAveraging | WeightAveraging):
                 raise ValueError(
@@ -175,9 +181,16 @@ class GaLore(Callback):
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return subspaces and counts: tensors and ints."""
-        return self.engine.state_dict() if self.engine else {}
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add subspaces and counts: tensors and ints.
+
+        Where `state_dict` would put them: for that, the trainer would refuse a second one of us
+        before `setup` can say why.
+        """
+        if self.engine:
+            checkpoint["callbacks"][self.state_key] = self.engine.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the engine is there."""
