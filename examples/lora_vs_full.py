@@ -11,6 +11,8 @@ held-out records. The study's questions, each a group of runs:
 * tokens: what do new special tokens around question and answer do, frozen or trained?
 * memory: which batch fits a given memory, and how many tokens per second does it give?
 
+Seconds are the processor's, so other work on the machine counts little.
+
 Finished runs are kept in ``--out``, so a broken-off study goes on where it stopped. The plot needs
 matplotlib: ``pip install -e '.[plot]'``.
 """
@@ -33,7 +35,7 @@ from statistics import mean
 
 from rich.progress import Progress
 
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = (1, 4, 8, 16, 64)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 STABLE = {"full": 1e-3, "all": 5e-3, "attention": 5e-3}  # as in configs/alpaca_{full,lora}.yaml
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the stable rate
@@ -74,7 +76,9 @@ GROUPS: dict[str, list[Setting]] = {
     "tokens": [replace(one, tokens="none") for one in BOTH]
     + [replace(FULL, tokens="trained")]
     + [replace(LORA, tokens=tokens) for tokens in ("frozen", "trained")],
+    "memory": [FULL, LORA, Setting("all", 64), Setting("attention", 8)],
 }
+MEMORIES = (50, 100, 200)  # MB
 
 
 def write_data(setting: Setting, folder: Path) -> None:
@@ -95,9 +99,19 @@ def write_data(setting: Setting, folder: Path) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def model_for(setting: Setting):  # noqa: ANN201 - imports are slow, so they are inside
-    """Return module arguments: base, adapter and tokenizer."""
+def adapter_for(setting: Setting):  # noqa: ANN201 - imports are slow, so they are inside
+    """Return what is trained."""
     from lit_adapters import FullFineTuning, LoRA
+
+    if not setting.rank:
+        return FullFineTuning()
+    targets = "all-linear" if setting.trained == "all" else list(ATTENTION)
+    marks = list(MARKS) if setting.tokens == "trained" else None
+    return LoRA(setting.rank, 2 * setting.rank, targets=targets, new_tokens=marks)
+
+
+def model_for(setting: Setting):  # noqa: ANN201
+    """Return module arguments: base, adapter and tokenizer."""
     from lit_adapters.base_model import load_base, load_tokenizer
 
     base, tokenizer = load_base("tiny"), load_tokenizer("tiny")
@@ -105,22 +119,15 @@ def model_for(setting: Setting):  # noqa: ANN201 - imports are slow, so they are
     if added:  # rows of the base itself, drawn around the mean of the others
         tokenizer.add_tokens(list(MARKS))
         base.resize_token_embeddings(len(tokenizer))
-    if not setting.rank:
-        return base, FullFineTuning(), tokenizer
-    targets = "all-linear" if setting.trained == "all" else list(ATTENTION)
-    marks = list(MARKS) if setting.tokens == "trained" else None
-    return base, LoRA(setting.rank, 2 * setting.rank, targets=targets, new_tokens=marks), tokenizer
+    return base, adapter_for(setting), tokenizer
 
 
 def run(setting: Setting, seed: int, steps: int, limit: int, out: Path) -> dict:
     """Train and answer once; the result is kept below ``out``."""
-    file = out / (
-        hashlib.sha256(f"{setting!r} {seed} {steps} {limit}".encode()).hexdigest()[:16] + ".json"
-    )
+    file = place(out, f"{setting!r} {seed} {steps} {limit}")
     if file.exists():
         return json.loads(file.read_text())
     import torch
-    import transformers
     from lightning.pytorch import Trainer, seed_everything
 
     from lit_adapters import AdapterFineTuneModule, InstructionDataModule, save_adapter
@@ -129,10 +136,7 @@ def run(setting: Setting, seed: int, steps: int, limit: int, out: Path) -> dict:
     from lit_adapters.generation import generate
     from lit_adapters.metrics import exact_match
 
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    be_quiet()
     seed_everything(seed, verbose=False)
     rate = STABLE[setting.trained] * setting.factor
     base, adapter, tokenizer = model_for(setting)
@@ -184,6 +188,38 @@ def run(setting: Setting, seed: int, steps: int, limit: int, out: Path) -> dict:
     return result
 
 
+def fit_memory(setting: Setting, memory: int, out: Path) -> dict:
+    """Measure the speed at the largest batch that fits ``memory`` MB; kept below ``out``."""
+    file = place(out, f"memory {setting!r} {memory}")
+    if file.exists():
+        return json.loads(file.read_text())
+    from lora_vs_full_memory import fitting_batch, speed
+
+    be_quiet()
+    adapter = adapter_for(setting)
+    size = fitting_batch(adapter, memory * 10**6)
+    result = {"name": str(setting), "memory": memory, "batch": size}
+    if size:
+        result["tokens_per_second"] = speed(adapter, size)
+    keep(file, result)
+    return result
+
+
+def be_quiet() -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def place(out: Path, work: str) -> Path:
+    """Return the file of a result."""
+    return out / f"{hashlib.sha256(work.encode()).hexdigest()[:16]}.json"
+
+
 def keep(file: Path, result: dict) -> None:
     """Write a result under another name first: what is there is whole."""
     part = file.with_suffix(".part")
@@ -227,6 +263,23 @@ def table(group: str, results: list[dict]) -> str:
             kept = (one["adapter_bytes"], one["resume_bytes"])
             cells += [f"{one['trainable']:,}", *(f"{size / 1e3:,.0f} kB" for size in kept)]
         lines.append("| " + " | ".join([*cells, f"{mean(r['seconds'] for r in own):.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def memory_table(results: list[dict]) -> str:
+    """Return batches and speeds as Markdown, one line per setting."""
+    given = dict.fromkeys(r["memory"] for r in results)
+    head = ["trained", *(f"in {memory} MB" for memory in given)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(r["name"] for r in results):
+        cells = [
+            f"{r['batch']} x 256 tokens, {r['tokens_per_second']:,.0f} tokens/s"
+            if r["batch"]
+            else "nothing fits"
+            for r in results
+            if r["name"] == name
+        ]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -276,27 +329,38 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all results to this file")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    trained = [group for group in options.groups if group != "memory"]
     # Seed by seed: a broken-off study is a whole one of fewer seeds.
-    settings = list(dict.fromkeys(s for group in options.groups for s in GROUPS[group]))
+    settings = list(dict.fromkeys(s for group in trained for s in GROUPS[group]))
     work = [(setting, seed) for seed in options.seeds for setting in settings]
-    results = []
+    budgets = [(s, memory) for s in GROUPS["memory"] for memory in MEMORIES]
+    budgets = budgets if "memory" in options.groups else []
+    runs = []
     with (
         ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool,
         Progress() as bar,
     ):
-        task = bar.add_task("runs", total=len(work))
+        task = bar.add_task("runs", total=len(work) + len(budgets))
         waiting = [
             pool.submit(run, *one, options.steps, options.answers, options.out) for one in work
         ]
         for done in as_completed(waiting):
-            results.append(done.result())
+            runs.append(done.result())
             bar.advance(task)
-    for group in options.groups:
-        print(f"\n### {group}\n\n{table(group, results)}")
+        fits = []
+        for one in budgets:  # one at a time: speeds are measured
+            fits.append(pool.submit(fit_memory, *one, options.out).result())
+            bar.advance(task)
+    for group in trained:
+        print(f"\n### {group}\n\n{table(group, runs)}")
+    if fits:
+        print(f"\n### memory\n\n{memory_table(fits)}")
     if options.json:
-        options.json.write_text(json.dumps(results))
+        options.json.write_text(json.dumps({"runs": runs, "memory": fits}))
+    if not runs:
+        return
     if find_spec("matplotlib"):
-        plot(results, options.out / "lora_vs_full.png")
+        plot(runs, options.out / "lora_vs_full.png")
         print(f"plot: {options.out / 'lora_vs_full.png'}", file=sys.stderr)
     else:
         print("no plot: pip install matplotlib", file=sys.stderr)
