@@ -15,6 +15,7 @@ from lit_adapters.data import Prompting, Record, prompt_ids, stop_ids, to_exampl
 from lit_adapters.export import export_merged, export_peft, serving_notes
 from lit_adapters.generation import generate as generate_answers
 from lit_adapters.io import load_adapter, peft_config
+from lit_adapters.prompting import choose, prompting_of
 from lit_adapters.quantization import Kind
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -27,8 +28,8 @@ def generate(
     input: str = "",  # noqa: A002 - Alpaca's name
     file: str | None = None,
     raw: bool = False,
-    template: str = "alpaca",
-    task_prompt: str = "",
+    template: str | None = None,
+    task_prompt: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     dtype: Precision = "float32",
@@ -46,9 +47,10 @@ def generate(
         input: Its further input, for Alpaca's template.
         file: Text file with one instruction per line, or jsonl with instruction and input.
         raw: Take prompts as they are, without a template.
-        template: What the adapter was trained with: alpaca; chat, the tokenizer's own; none; or
-            the path of a .jinja file.
-        task_prompt: The description of the task that it was trained with.
+        template: alpaca; chat, the tokenizer's own; none; or the path of a .jinja file. If null,
+            what the adapter's folder says it was trained with, else alpaca.
+        task_prompt: A description of the task, in front of the prompt; that of the training if
+            null.
         max_new_tokens: Longest answer, tokens.
         temperature: Of the sampling distribution; 0 is greedy.
         dtype: Data type of the weights.
@@ -66,10 +68,16 @@ def generate(
         raise ValueError("--input belongs to --prompt; a file has its own in each line")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    how = Prompting("none" if raw else template, task_prompt)
-    if raw and (template != "alpaca" or task_prompt):
+    given = {"template": template, "task_prompt": task_prompt}
+    if raw and (template is not None or task_prompt):
         raise ValueError("--raw takes prompts as they are; leave --template and --task_prompt out")
+    choose(given, None)  # a mistake is said before a model is loaded
     model, words = _load(base, adapter, dtype, tokenizer, revision, quantization)
+    how, differs = choose(given, prompting_of(model), "alpaca")
+    if raw:
+        how = Prompting("none")
+    if differs:
+        print(f"note: {differs}", file=sys.stderr)
 
     def reply(requests: list[tuple[str, str]]) -> None:
         examples = to_examples(list(map(_asked, requests)), "alpaca", "", how, words)

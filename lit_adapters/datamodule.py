@@ -1,19 +1,20 @@
 """Instruction data for a Lightning trainer, resumable in the middle of an epoch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.base_model import load_tokenizer
+from lit_adapters.batching import Batching, context, packing, pins_memory, sharing
 from lit_adapters.data import (
     BatchLoader,
     Corpus,
@@ -38,8 +39,7 @@ from lit_adapters.data import (
 )
 from lit_adapters.data.cache import FOLDER, once
 from lit_adapters.fit_loaders import FitLoader, FitStream
-
-Batching = Literal["auto", "packed", "padded"]
+from lit_adapters.prompting import choose, prompting_of, set_prompting, to_note
 
 _STAGES: Mapping[str | None, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
@@ -79,7 +79,7 @@ class InstructionDataModule(LightningDataModule):
         num_workers: int = 0,
         train_limit: int | None = None,
         template: str = "auto",
-        task_prompt: str = "",
+        task_prompt: str | None = None,
         train_on: TrainOn = "all",
         cache_dir: str | None = "auto",
         streaming: bool = False,
@@ -115,11 +115,13 @@ class InstructionDataModule(LightningDataModule):
                 before any of the response) or drop.
             num_workers: Processes that build batches; 0 builds them in the main process.
             train_limit: Train on this many records of each source at most, the first ones.
-            template: alpaca; chat, the tokenizer's own; none; the path of a .jinja file; or auto:
-                the tokenizer's own, if it has one, for conversations (messages, sharegpt), none
-                for prompt_completion and text, and Alpaca's for everything else.
+            template: alpaca; chat, the tokenizer's own; none; the path of a .jinja file, or its
+                text; or auto: that of its training for an adapter that was loaded; else the
+                tokenizer's own, if it has one, for conversations (messages, sharegpt), none for
+                prompt_completion and text, and Alpaca's for everything else.
             task_prompt: A description of the task, put in front of every prompt: as the system's
-                turn of a chat, else as a paragraph.
+                turn of a chat, else as a paragraph. None is that of its training for an adapter
+                that was loaded, else nothing.
             train_on: all answers of a conversation, the last, or everything, prompts included.
             cache_dir: Where the tokens of larger data (from 2 million characters on) are kept for
                 the next run. "auto" is a folder in the cache of Hugging Face; null keeps none.
@@ -157,7 +159,7 @@ class InstructionDataModule(LightningDataModule):
         self.corpus = Corpus(
             path,
             format,
-            Prompting(template, task_prompt, train_on),
+            Prompting(template, task_prompt or "", train_on),
             val_size,
             seed,
             train_limit,
@@ -165,6 +167,10 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_info,
         )
         self.reports: dict[str, LengthReport] = {}
+        self._given = {"template": None if template == "auto" else template,
+                       "task_prompt": task_prompt}  # fmt: skip
+        self._asked: Prompting | None = None  # as training is, once it began
+        self._recorded: Prompting | None = None  # what loaded adapters said
         self._tokens: dict[str, list[Tokens]] = {}
         self._tokenised_with: PreTrainedTokenizerBase | None = None
         self._padding_explained = False
@@ -185,7 +191,9 @@ class InstructionDataModule(LightningDataModule):
 
         Needs a trainer or a tokenizer for conversations only.
         """
-        return self.corpus.examples(split, self._known_tokenizer())
+        tokenizer = self._known_tokenizer()
+        self._ask_as_trained(tokenizer)
+        return self.corpus.examples(split, tokenizer)
 
     def tokens(self, split: SplitName) -> list[Tokens]:
         """Return the tokenised examples of a split, those that were kept."""
@@ -198,6 +206,9 @@ class InstructionDataModule(LightningDataModule):
     def train_dataloader(self) -> FitLoader | FitStream:
         """Return the shuffled training batches of this device."""
         tokens = self._fitting("train")
+        self._asked = self.corpus.resolved(self._load_tokenizer()).with_text()
+        if self._module is not None:
+            set_prompting(self._module, self._asked)
         if self.streaming:
             return self._train_stream()
         order = TrainOrder(
@@ -207,7 +218,7 @@ class InstructionDataModule(LightningDataModule):
             shuffle=not getattr(self.trainer, "overfit_batches", 0),
             group_by_length=self.group_by_length,
             **self._budget(),
-            **self._devices(),
+            **sharing(self.trainer),
         )
         loader = FitLoader(tokens, order, self._pad_id(), **self._loading())
         loader.trainer = self.trainer
@@ -230,8 +241,27 @@ class InstructionDataModule(LightningDataModule):
         self._check_test()
         examples, tokenizer = self.examples("test"), self._load_tokenizer()
         ids = prompt_ids(examples, tokenizer)
-        order = EvalOrder([len(one) for one in ids], self.batch_size, **self._devices())
+        order = EvalOrder([len(one) for one in ids], self.batch_size, **sharing(self.trainer))
         return PromptLoader(examples, ids, order, stop_ids(examples, tokenizer))
+
+    @property
+    def _module(self) -> LightningModule | None:
+        return getattr(self.trainer, "lightning_module", None)
+
+    def _ask_as_trained(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Ask adapters that were loaded as in their training, where these settings say nothing."""
+        recorded = None if self._module is None else prompting_of(self._module)
+        if recorded in (None, self._recorded) or self._asked is not None:
+            return
+        self._recorded = recorded
+        chosen, differs = choose(self._given, recorded)
+        own = self.corpus.prompting, self.corpus.resolved(tokenizer)
+        if to_note(chosen) not in map(to_note, own):
+            self.corpus.prompting = replace(chosen, train_on=self.corpus.prompting.train_on)
+            self._tokens, self.reports = {}, {}
+            rank_zero_info("Prompts are made as in the training of the adapter that was loaded.")
+        if differs:
+            rank_zero_info(f"Note: {differs}.")
 
     def _check_test(self) -> None:
         if not self.corpus.count("test"):
@@ -245,7 +275,7 @@ class InstructionDataModule(LightningDataModule):
 
         Lightning hands several loaders only to modules that ask which one a batch is of.
         """
-        module = getattr(self.trainer, "lightning_module", None)
+        module = self._module
         step = "test_step" if split == "test" else "validation_step"
         asks = module is None or "dataloader_idx" in signature(getattr(module, step)).parameters
         several = split != "train" and len(self.corpus.sources) > 1
@@ -262,7 +292,7 @@ class InstructionDataModule(LightningDataModule):
     def _eval_loader(self, split: SplitName, source: str | None) -> BatchLoader:
         tokens = self._fitting(split, source)
         lengths = [len(example["input_ids"]) for example in tokens]
-        order = EvalOrder(lengths, self.batch_size, **self._budget(), **self._devices())
+        order = EvalOrder(lengths, self.batch_size, **self._budget(), **sharing(self.trainer))
         return BatchLoader(tokens, order, self._pad_id(), **self._loading())
 
     def _budget(self) -> dict[str, Any]:
@@ -271,36 +301,19 @@ class InstructionDataModule(LightningDataModule):
         return {"batch_tokens": self.batch_tokens, "packed": self._packs()}
 
     def _loading(self) -> dict[str, Any]:
-        strategy = getattr(self.trainer, "strategy", None)
-        on_cpu = strategy is None or strategy.root_device.type == "cpu"
         return {
             "num_workers": self.num_workers,
             "packed": self._packs(),
-            "pin_memory": not on_cpu and torch.accelerator.is_available(),
+            "pin_memory": pins_memory(self.trainer),
         }
 
     def _packs(self) -> bool:
         """Whether batches are packed; says once why not, if that was left to be found out."""
-        if self.batching == "padded":
-            return False
-        module = getattr(self.trainer, "lightning_module", None)
-        unknown = f"{type(module).__name__} does not say whether its model keeps sequences apart"
-        obstacle = getattr(module, "packing_obstacle", unknown if self.batching == "auto" else None)
-        if obstacle is None:
-            return True
-        if self.batching == "packed":
-            raise ValueError(
-                f"batching='packed', but {obstacle}; use batching='auto', which then pads"
-            )
-        if module is not None and not self._padding_explained:
+        packed, why_not = packing(self.batching, self._module)
+        if why_not and not self._padding_explained:
             self._padding_explained = True
-            rank_zero_info(f"Batches are padded, not packed: {obstacle}.")
-        return False
-
-    def _devices(self) -> dict[str, Any]:
-        # The strategy's numbers: under tensor parallelism several devices share a data rank.
-        sharing = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        return {"rank": sharing.get("rank", 0), "devices": sharing.get("num_replicas", 1)}
+            rank_zero_info(f"Batches are padded, not packed: {why_not}.")
+        return packed
 
     def _train_stream(self) -> FitStream:
         if self.batch_tokens is not None and self.batch_tokens < self.max_length:
@@ -315,7 +328,7 @@ class InstructionDataModule(LightningDataModule):
             "shuffle": not getattr(self.trainer, "overfit_batches", 0),
             "group_by_length": self.group_by_length,
             **self._budget(),
-            **self._devices(),
+            **sharing(self.trainer),
         }
         step = self.batch_size * order["devices"]
         window = max(1, self.shuffle_buffer // step) * step
@@ -334,6 +347,7 @@ class InstructionDataModule(LightningDataModule):
     def _tokenised(self, split: SplitName, source: str | None = None) -> list[Tokens]:
         """The tokens of a split, or of what one source gives to it."""
         tokenizer = self._load_tokenizer()
+        self._ask_as_trained(tokenizer)
         if tokenizer is not self._tokenised_with:
             self._tokenised_with, self._tokens, self.reports = tokenizer, {}, {}
         name = split if source is None else f"{split}/{source}"
@@ -369,25 +383,17 @@ class InstructionDataModule(LightningDataModule):
         """The tokens of a split, all within the context of the model, if it is known."""
         tokens = self._tokenised(split, source)
         longest = max((len(example["input_ids"]) for example in tokens), default=0)
-        context = self._context()
+        limit = context(self._module)
         streamed = self.streaming and split == "train"
         longest = self.max_length if streamed else longest  # of which the stream may hold some
-        if context is not None and longest > context:
+        if limit is not None and longest > limit:
             has = "may have" if streamed else "has"
             raise ValueError(
                 f"{self.corpus.name} ({split}): the longest example {has} {longest} tokens "
-                f"(max_length is {self.max_length}), but the model reads {context} at most; set "
-                f"max_length to {context} or less"
+                f"(max_length is {self.max_length}), but the model reads {limit} at most; set "
+                f"max_length to {limit} or less"
             )
         return tokens
-
-    def _context(self) -> int | None:
-        """Positions that the trainer's model knows; None where it has no such limit."""
-        module = getattr(self.trainer, "lightning_module", None)
-        config: Any = getattr(getattr(module, "model", None), "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        limit = getattr(text, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
 
     def _known_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, None where neither the settings nor a trainer give one."""
@@ -400,11 +406,11 @@ class InstructionDataModule(LightningDataModule):
         if isinstance(self.tokenizer, str):
             self.tokenizer = load_tokenizer(self.tokenizer)
         if self.tokenizer is not None:
-            adapter = getattr(getattr(self.trainer, "lightning_module", None), "adapter", None)
+            adapter = getattr(self._module, "adapter", None)
             if isinstance(adapter, AdapterSpec):
                 adapter.teach(self.tokenizer)
             return self.tokenizer
-        module = self.trainer.lightning_module if self.trainer else None
+        module = self._module
         tokenizer = getattr(module, "tokenizer", None)
         if tokenizer is None:
             owner = "there is no trainer" if module is None else f"{type(module).__name__} has none"

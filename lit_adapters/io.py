@@ -30,6 +30,7 @@ from lit_adapters.folder import (
 )
 from lit_adapters.model_card import adapter_card
 from lit_adapters.peft_config import spec_from_peft
+from lit_adapters.prompting import NOTE, from_note, prompting_of, set_prompting, to_note
 from lit_adapters.remainders import check_taken_from, rewrite, with_taken
 from lit_adapters.targets import shortest_targets
 from lit_adapters.version import __version__
@@ -58,6 +59,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         **dict(item for one in adapted for item in one.adapter.notes().items()),
         "base": base_name(model)[1],
         "base_fingerprint": fingerprint(model),
+        NOTE: to_note(prompting_of(model)),
         "versions": {
             "lit_adapters": __version__,
             "torch": torch.__version__,
@@ -145,7 +147,7 @@ def load_adapter(
     """
     folder = Path(path)
     config, notes = read_json(folder, CONFIG), _notes(folder)
-    spec = folder_spec(folder)
+    spec, prompting = folder_spec(folder), from_note(notes.get(NOTE), folder / EXTRA)
     with ExitStack() as stack:
         with _naming(folder / CONFIG):
             stated = {**config, **{key: notes.get(key) for key in spec.notes_read}}
@@ -174,6 +176,7 @@ def load_adapter(
                 adapter.start_name = starts[name, adapter.slot]
         else:
             mount(model, fresh)
+        set_prompting(model, prompting)
     return [one.name for one in fresh if one.adapter.slot == METHOD]
 
 

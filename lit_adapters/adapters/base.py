@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Generator, Tensor, nn
 
 from lit_adapters.adapters.fields import shown
+from lit_adapters.data import Prompting
 
 PREFIX = "base_model.model."  # of every key in a file; PEFT finds nothing without it
 OWN_TYPE = "LIT_"  # begins each ``peft_type`` that PEFT is to refuse
@@ -25,6 +26,7 @@ class Adapter(nn.Module, ABC):
     spec: "Part"  # what it was built from
     active = True  # whether the layer's hooks use it
     start_name: str | None = None  # the initialiser it started from, for the record
+    prompting: "Prompting | None" = None  # how it was asked in training, for the record
     source: "Adapter | None" = None  # the adapter of a tied layer whose parameters it uses
     grown_from: int | None = None  # rows of its layer's weight before `claim` added some
     slot: ClassVar[str] = METHOD  # the name of the child

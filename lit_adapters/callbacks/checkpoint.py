@@ -22,6 +22,7 @@ from lit_adapters.callbacks.loops import (
 )
 from lit_adapters.callbacks.stopping import Stopping, here
 from lit_adapters.io import save_adapter
+from lit_adapters.prompting import NOTE, from_note, prompting_of, set_prompting, to_note
 from lit_adapters.trained_state import keep_trained, random_state, set_random_state
 
 
@@ -258,6 +259,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             checkpoint["base_fingerprint"] = self._load_check.base
         if tokens := new_tokens_of(pl_module):
             checkpoint["new_tokens"] = tokens
+        if (prompting := to_note(prompting_of(pl_module))) is not None:
+            checkpoint[NOTE] = prompting
         if (point := self._stopping.point) is not None:  # the state is that of a moment passed
             checkpoint["loops"]["fit_loop"] = point.fit
             checkpoint["random_state"] = point.random_state
@@ -267,6 +270,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     ) -> None:
         """Refuse a checkpoint of another adapter; remember the random state for the first step."""
         self._load_check.catch_up(trainer, pl_module, checkpoint, self.check_base)
+        if trainer.state.fn != "fit":  # which states its own
+            set_prompting(pl_module, from_note(checkpoint.get(NOTE), trainer.ckpt_path))
         if is_of_a_search(trainer.ckpt_path):  # goes back to where it began: no run is resumed
             return
         self._restored = checkpoint.get("random_state")

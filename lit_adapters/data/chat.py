@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lit_adapters.data.examples import Conversation, Example, Span, TrainOn, Turn
@@ -68,23 +67,20 @@ class ChatTemplate:
         self._takes_system: bool | None = None
 
     @classmethod
-    def of_file(cls, tokenizer: Any, file: str) -> "ChatTemplate":
-        """Read a Jinja file; it runs in a sandbox, without access to anything but the record."""
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"template {file} does not exist; give a .jinja file")
+    def of_text(cls, tokenizer: Any, text: str, name: str = "the template") -> "ChatTemplate":
+        """Take a Jinja text; it runs in a sandbox, without access to anything but the record.
+
+        Raises:
+            ValueError: It is no Jinja, as an error that calls it ``name``; or as above.
+        """
+        found = cls(tokenizer, text)
         try:
-            found = cls(tokenizer, path.read_text(encoding="utf-8"))
             found.render([{"role": "user", "content": "a"}], prompt=True)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"template {file} is not UTF-8 ({error})") from None
         except ValueError as error:
-            cause = error.__cause__
-            line = getattr(cause, "lineno", None)
-            if line is not None:  # of Jinja's syntax errors
-                raise ValueError(f"template {file}, line {line}: {cause}; correct it") from error
-            if tokenizer is None:
-                raise
+            line = getattr(error.__cause__, "lineno", None)
+            if line is not None:  # of Jinja's syntax errors; others are those of the probe
+                message = f"{name}, line {line}: {error.__cause__}; correct it"
+                raise ValueError(message) from error
         return found
 
     def render(

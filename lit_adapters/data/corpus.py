@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from lit_adapters.data.records import Records, SplitName, Splits, read_splits
 from lit_adapters.data.sources import shares, source_names, weights_of
 from lit_adapters.data.splits import complete_splits
 from lit_adapters.data.streaming import CHUNK, gathered, mixed, part, stream
-from lit_adapters.data.templates import Prompting, to_examples
+from lit_adapters.data.templates import Prompting, style_of, to_examples
 from lit_adapters.data.tokens import Tokens
 
 Sources = str | list[str] | dict[str, float]
@@ -75,6 +75,13 @@ class Corpus:
     def count(self, split: SplitName) -> int:
         """Return the number of records of a split, of all sources."""
         return sum(len(splits[split]) for splits in self._read_all().values())
+
+    def resolved(self, tokenizer: Any = None) -> Prompting:
+        """Return the prompting with "auto" replaced by what it means for all sources alike."""
+        self._read_all()
+        styles = {style_of(self.prompting, name, tokenizer) for name in self._formats.values()}
+        template = styles.pop() if len(styles) == 1 else "auto"
+        return replace(self.prompting, template=template)
 
     def stream(
         self, epoch: int, tokenizer: Any, encode: Callable[[list[Example]], list[Tokens]]

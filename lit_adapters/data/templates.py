@@ -6,7 +6,8 @@ line.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 from lit_adapters.data.chat import ChatTemplate
@@ -26,6 +27,7 @@ _WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 _FIRST_HEADING = "### Instruction:\n"
+MAX_TEXT = 100_000  # characters of a template or a task's description; real ones have thousands
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Prompting:
 
     Args:
         template: "alpaca"; "chat" (the tokenizer's own template); "none" (prompt and answer as
-            they are); a Jinja file; or "auto": the chat template, where the tokenizer has one, for
-            conversations (messages, sharegpt), none for prompt_completion and text, and Alpaca's
-            for everything else.
+            they are); a Jinja file, or its text; or "auto": the chat template, where the tokenizer
+            has one, for conversations (messages, sharegpt), none for prompt_completion and text,
+            and Alpaca's for everything else.
         task_prompt: A description of the task, put in front: as the system's turn of a chat, else
             as a paragraph before the prompt.
         train_on: "all" answers of a conversation, the "last", or "everything", prompts included.
@@ -51,16 +53,30 @@ class Prompting:
             raise ValueError(
                 f"train_on {self.train_on!r} is unknown; use one of: {', '.join(get_args(TrainOn))}"
             )
-        if self.template not in ("auto", *get_args(Style)) and not self.is_file:
+        if max(len(self.template), len(self.task_prompt)) > MAX_TEXT:
+            raise ValueError(
+                f"a template of {len(self.template)} and a task_prompt of {len(self.task_prompt)} "
+                f"characters: each may have {MAX_TEXT} at most"
+            )
+        if not (self.template in ("auto", *get_args(Style)) or self.is_file or self.is_text):
             raise ValueError(
                 f"template {self.template!r} is unknown; use one of: auto, "
                 f"{', '.join(get_args(Style))}, or the path of a .jinja file"
             )
 
     @property
+    def is_text(self) -> bool:
+        """Whether the template is the text of one, in Jinja."""
+        return "{{" in self.template or "{%" in self.template
+
+    @property
     def is_file(self) -> bool:
         """Whether the template is a file."""
-        return self.template.endswith((".jinja", ".jinja2", ".j2"))
+        return self.template.endswith((".jinja", ".jinja2", ".j2")) and not self.is_text
+
+    def with_text(self) -> "Prompting":
+        """Return the same with the text of the file in place of its path."""
+        return replace(self, template=_read(self.template)) if self.is_file else self
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:  # noqa: A002 - Alpaca's own field name
@@ -94,7 +110,7 @@ def to_examples(
     placed = records if isinstance(records, Records) else Records(records)
     name = choose_format(placed, format, placed.place(0))
     how = prompting or Prompting()
-    style, chat = _style(how, FORMATS[name].style, tokenizer)
+    style, chat = _style(how, name, tokenizer)
     examples = []
     for index, record in enumerate(placed):
         try:
@@ -109,15 +125,45 @@ def to_examples(
     return examples
 
 
-def _style(how: Prompting, default: Style, tokenizer: Any) -> tuple[Style, ChatTemplate | None]:
+def style_of(how: Prompting, format: FormatName, tokenizer: Any) -> str:  # noqa: A002
+    """Return the template for records of a format: what "auto" means for them."""
+    if how.template != "auto":
+        return how.template
+    default = FORMATS[format].style
+    has_none = tokenizer is not None and not getattr(tokenizer, "chat_template", None)
+    return "alpaca" if default == "chat" and has_none else default
+
+
+def _style(
+    how: Prompting,
+    format: FormatName,  # noqa: A002
+    tokenizer: Any,
+) -> tuple[Style, ChatTemplate | None]:
     if how.is_file:
-        return "chat", ChatTemplate.of_file(tokenizer, how.template)
-    asked = default if how.template == "auto" else how.template
-    if asked == "chat" and how.template == "auto" and tokenizer is not None:
-        asked = "chat" if getattr(tokenizer, "chat_template", None) else "alpaca"
-    if asked == "chat":
+        text, name = how.with_text().template, f"template {how.template}"
+        return "chat", ChatTemplate.of_text(tokenizer, text, name)
+    if how.is_text:
+        return "chat", ChatTemplate.of_text(tokenizer, how.template)
+    style = style_of(how, format, tokenizer)
+    if style == "chat":
         return "chat", ChatTemplate(tokenizer)
-    return ("alpaca" if asked == "alpaca" else "none"), None
+    return ("alpaca" if style == "alpaca" else "none"), None
+
+
+def _read(file: str) -> str:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"template {file} does not exist; give a .jinja file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"template {file} is not UTF-8 ({error})") from None
+    if not ("{{" in text or "{%" in text):
+        raise ValueError(
+            f"template {file} holds no Jinja, neither {{{{ ... }}}} nor {{% ... %}}; expected a "
+            "chat template, which writes the turns of `messages`"
+        )
+    return text
 
 
 def plain(
