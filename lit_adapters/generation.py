@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.data.batches import sequences
+from lit_adapters.data.endings import stop_ids_of_tokens
 from lit_adapters.data.tokens import leading_ids
 from lit_adapters.losses import IGNORE
 
@@ -97,9 +98,10 @@ def answer(
 ) -> list[dict[str, str]]:
     """Answer the last question of every sequence of a labelled batch, packed or padded.
 
-    That is all before the last tokens that are trained on without a break.
+    That is all before the last tokens that are trained on without a break. Answers end at EOS, and
+    where these tokens show that the template of training ends turns.
     """
-    prompts, references = [], []
+    prompts, trained = [], []
     for part in sequences(batch):
         ids, flags = part["input_ids"], (part["labels"] != IGNORE).tolist()
         stop = len(flags) - flags[::-1].index(True) if any(flags) else len(flags)
@@ -107,8 +109,10 @@ def answer(
         while start > 1 and flags[start - 1]:  # nothing predicts the first token
             start -= 1
         prompts.append(ids[:start].tolist())
-        references.append(str(tokenizer.decode(ids[start:stop], skip_special_tokens=True)))
-    predictions = generate_from_ids(model, tokenizer, prompts, max_new_tokens)
+        trained.append(ids[start:stop].tolist())
+    ends = stop_ids_of_tokens(trained, tokenizer)
+    predictions = generate_from_ids(model, tokenizer, prompts, max_new_tokens, stop=ends)
+    references = tokenizer.batch_decode(trained, skip_special_tokens=True)
     return [
         {
             "prompt": str(tokenizer.decode(prompt, skip_special_tokens=True)),

@@ -203,6 +203,20 @@ def test_an_answer_ends_at_other_tokens_that_are_named():
     assert found == expected
 
 
+def test_an_answer_to_labelled_tokens_ends_where_the_template_ends_turns():
+    """As of `stop_ids` in a prompt: a turn that ends in another token than EOS."""
+    model = adapted()
+    [whole] = generate(model, TOKENIZER, ["a b c"], 12)
+    tokenizer = word_tokenizer()
+    end = whole.split()[3]
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})  # a word it writes
+    tokens, _ = tokenise([Example("<s> a b c", "x", end=end)], tokenizer)
+    (found,) = answer(model, tokenizer, collate(tokens, tokenizer.pad_token_id), 12)
+    before = whole.split()[: whole.split().index(end)]
+    assert found["prediction"].split() == before
+    assert found["reference"] == "x"
+
+
 def cut(words, stop):
     return words[: words.index(stop) + 1] if stop in words else words
 

@@ -114,7 +114,13 @@ class PredictionWriter(Callback):
                 "have written theirs elsewhere; give --predictions.path a folder they all share"
             )
         answers = [
-            Answer(row["prompt"], row["prediction"], row["reference"], row["task"])
+            Answer(
+                row["prompt"],
+                row["prediction"],
+                row["reference"],
+                row["task"],
+                row.get("source", ""),
+            )
             for row in rows.values()
         ]
         scored = (

@@ -163,7 +163,7 @@ class SampleGenerations(Callback):
         self, examples: Sequence[Example], answers: Sequence[str]
     ) -> dict[str, dict[str, Value]]:
         given = (
-            Answer(e.prompt, answer, e.response, e.task)
+            Answer(e.prompt, answer, e.response, e.task, e.source)
             for e, answer in zip(examples, answers, strict=True)
         )
         return score_by_task(given, self.metrics)
@@ -205,7 +205,8 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
 
 
 def _exact(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
-    return exact_match((e.task, a, e.response) for e, a in zip(examples, answers, strict=True))
+    results = ((e.task, a, e.response) for e, a in zip(examples, answers, strict=True))
+    return exact_match(results, [e.source for e in examples])
 
 
 def _folder(trainer: Trainer) -> Path:

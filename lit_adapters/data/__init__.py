@@ -3,7 +3,7 @@
 from lit_adapters.data.batches import Batch, EvalOrder, TrainOrder, collate, sequences
 from lit_adapters.data.chat import ChatTemplate
 from lit_adapters.data.corpus import Corpus
-from lit_adapters.data.endings import stop_ids
+from lit_adapters.data.endings import stop_ids, stop_ids_of_tokens
 from lit_adapters.data.examples import Conversation, Example, TrainOn, Turn
 from lit_adapters.data.fields import Record
 from lit_adapters.data.formats import FORMATS, FormatName, choose_format, why
@@ -67,6 +67,7 @@ __all__ = [
     "shares",
     "source_names",
     "stop_ids",
+    "stop_ids_of_tokens",
     "stream",
     "to_examples",
     "tokenise",

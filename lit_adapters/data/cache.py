@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def once(
     """Return ``tokenise(examples, tokenizer, **options)``, from a file if one holds it.
 
     A file's name is a hash of all that the result depends on: every text, the whole tokenizer, the
-    options and our code. A damaged file is made again.
+    options, our code and the versions of the libraries that tokenise. A damaged file is made again.
 
     Args:
         tokenise: What to call.
@@ -69,7 +70,8 @@ def _key(examples: Sequence[Any], tokenizer: Any, options: dict[str, Any]) -> st
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    digest = hashlib.sha256(repr(sorted(options.items())).encode())
+    libraries = [(name, version(name)) for name in ("tokenizers", "transformers")]
+    digest = hashlib.sha256(repr((sorted(options.items()), libraries)).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):  # another version, other tokens
         digest.update(source.read_bytes())
     size = 0

@@ -49,6 +49,7 @@ class Corpus:
         self.sources = dict(zip(source_names(paths), paths, strict=True))
         self._splits: dict[str, Splits] | None = None
         self._formats: dict[str, FormatName] = {}
+        self._made: dict[tuple[str, str], tuple[Any, list[Example]]] = {}
         self._held: dict[str, int] = {}  # records at the start of a stream that are validation's
 
     @property
@@ -69,8 +70,22 @@ class Corpus:
         found = []
         for name, splits in self._read_all().items():
             if source in (None, name):
-                found += self._formatted(splits[split], split, name, tokenizer)
+                found += self._kept(splits[split], split, name, tokenizer)
         return found
+
+    def _kept(
+        self, records: Records, split: SplitName, source: str, tokenizer: Any
+    ) -> list[Example]:
+        """The examples of a source; those of evaluation, which are asked for again, made once."""
+        if split == "train":
+            return self._formatted(records, split, source, tokenizer)
+        template = getattr(tokenizer, "chat_template", None)
+        made_with = (tokenizer, template, self.prompting)
+        key = (split, source)
+        if key not in self._made or self._made[key][0] != made_with:
+            examples = self._formatted(records, split, source, tokenizer)
+            self._made[key] = made_with, examples
+        return self._made[key][1]
 
     def count(self, split: SplitName) -> int:
         """Return the number of records of a split, of all sources."""

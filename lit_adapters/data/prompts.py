@@ -12,6 +12,7 @@ class PromptRow(TypedDict):
 
     index: int  # in the split
     task: str
+    source: str
     prompt: str
     prompt_ids: list[int]
     stop_ids: list[int]
@@ -54,6 +55,7 @@ class PromptLoader:
         return PromptRow(
             index=index,
             task=example.task,
+            source=example.source,
             prompt=example.prompt,
             prompt_ids=self.ids[index],
             stop_ids=self.stop,

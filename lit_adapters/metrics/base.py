@@ -18,6 +18,7 @@ class Answer(NamedTuple):
     prediction: str
     reference: str
     task: str = ""
+    source: str = ""
 
 
 class Value(NamedTuple):
@@ -82,11 +83,26 @@ def score(answer: Answer, metrics: Iterable[TextMetric]) -> dict[str, float]:
 def score_by_task(
     answers: Iterable[Answer], metrics: Sequence[TextMetric]
 ) -> dict[str, dict[str, Value]]:
-    """Score answers by task, in order of first appearance; answers without one are ``all``."""
-    by_task: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        by_task[answer.task or "all"].append(answer)
-    return {task: _score_together(own, metrics) for task, own in by_task.items()}
+    """Score answers by what `groups` says: their tasks and, of several, their sources."""
+    given = list(answers)
+    return {
+        name: _score_together([given[i] for i in own], metrics)
+        for name, own in groups((a.task, a.source) for a in given).items()
+    }
+
+
+def groups(marks: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
+    """Return which answers, given the task and source of each, are scored together, by index.
+
+    By task, in order of first appearance, those without one as ``all``; then, if they come from
+    several sources, by ``source/<name>`` too.
+    """
+    by_task: dict[str, list[int]] = defaultdict(list)
+    by_source: dict[str, list[int]] = defaultdict(list)
+    for index, (task, source) in enumerate(marks):
+        by_task[task or "all"].append(index)
+        by_source[f"source/{source}"].append(index)
+    return {**by_task, **(by_source if len(by_source) > 1 else {})}
 
 
 def _score_together(answers: Sequence[Answer], metrics: Sequence[TextMetric]) -> dict[str, Value]:

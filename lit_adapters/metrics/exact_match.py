@@ -1,10 +1,9 @@
 """Exact match of generated answers, per task."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lit_adapters.metrics.base import Answer, TextMetric
+from lit_adapters.metrics.base import Answer, TextMetric, groups
 
 
 class Score(NamedTuple):
@@ -48,12 +47,18 @@ def matches(prediction: str, reference: str) -> bool:
     return prediction.split() == reference.split()
 
 
-def exact_match(results: Iterable[tuple[str, str, str]]) -> dict[str, Score]:
-    """Score ``(task, prediction, reference)`` triples by task, in order of first appearance."""
-    counts: dict[str, list[bool]] = defaultdict(list)
+def exact_match(
+    results: Iterable[tuple[str, str, str]], sources: Sequence[str] | None = None
+) -> dict[str, Score]:
+    """Score ``(task, prediction, reference)`` triples by task and source, as `groups` says."""
+    tasks, right = [], []
     for task, prediction, reference in results:
-        counts[task or "all"].append(matches(prediction, reference))
-    return {task: Score(sum(right), len(right)) for task, right in counts.items()}
+        tasks.append(task)
+        right.append(matches(prediction, reference))
+    marks = zip(tasks, sources if sources is not None else [""] * len(tasks), strict=True)
+    return {
+        name: Score(sum(right[i] for i in own), len(own)) for name, own in groups(marks).items()
+    }
 
 
 def _final(text: str) -> str:

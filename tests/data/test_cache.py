@@ -94,6 +94,16 @@ def test_added_tokens_and_a_template_are_part_of_the_key(tmp_path):
     assert count.calls == 3
 
 
+@pytest.mark.parametrize("library", ["tokenizers", "transformers"])
+def test_the_tokens_of_another_version_of_a_library_are_made_again(tmp_path, monkeypatch, library):
+    count = Counting()
+    count.run(tmp_path)
+    known = cache.version
+    monkeypatch.setattr(cache, "version", lambda name: known(name) + ".1" * (name == library))
+    count.run(tmp_path)
+    assert count.calls == 2
+
+
 @pytest.mark.parametrize("fault", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_file_is_made_again(tmp_path, fault):
     count = Counting()
