@@ -104,9 +104,11 @@ class InstructionDataModule(LightningDataModule):
             batching: "packed" concatenates the examples of a batch into one row, without padding;
                 attention stays within each. "padded" pads them to the longest. "auto" packs where
                 the model is known to keep the examples apart.
-            val_size: Used when the source has no validation split: what to hold out of train,
-                below 1 a share, else a count of examples; 0 trains without validation. A source
-                without test split is tested on its validation split.
+            val_size: Used when a source has no validation split: what to hold out of train,
+                below 1 a share, else a count of records; 0 trains without validation. Several
+                sources give so many together, each in proportion to its size (streams, whose size
+                nobody knows, in equal parts). A source without test split is tested on its
+                validation split.
             seed: Decides the held-out examples and the order of batches.
             group_by_length: Batch examples of similar length; saves padding. With batch_tokens,
                 examples are chosen by what fits.

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_adapters import AdapterFineTuneModule, LoRA
+from lit_adapters.data import ChatTemplate
 from lit_adapters.datamodule import InstructionDataModule
 from tests.data.chat_templates import QWEN, chat_tokenizer
 from tests.data.word_tokenizer import word_tokenizer
@@ -35,7 +36,7 @@ def two(tmp_path):
 
 
 def test_a_list_of_sources_is_read_after_each_other_and_each_by_its_format(two, caplog):
-    data = InstructionDataModule(list(two), tokenizer=word_tokenizer(), val_size=1)
+    data = InstructionDataModule(list(two), tokenizer=word_tokenizer(), val_size=5)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         data.setup()
     told = [r.getMessage() for r in caplog.records if "format" in r.getMessage()]
@@ -44,7 +45,7 @@ def test_a_list_of_sources_is_read_after_each_other_and_each_by_its_format(two, 
         f"{two[1]}: format alpaca (the first record has 'instruction' and 'output')",
     ]
     assert data.corpus.sources == {"pairs": two[0], "tasks": two[1]}
-    for split, counts in (("train", (19, 4)), ("validation", (1, 1)), ("test", (1, 1))):
+    for split, counts in (("train", (16, 4)), ("validation", (4, 1)), ("test", (4, 1))):
         examples, tokens = data.examples(split), data.tokens(split)
         expected = ["pairs"] * counts[0] + ["tasks"] * counts[1]
         assert [example.source for example in examples] == expected
@@ -53,17 +54,68 @@ def test_a_list_of_sources_is_read_after_each_other_and_each_by_its_format(two, 
 
 def test_weights_are_of_the_training_records_alone(two, caplog):
     weights = dict(zip(two, (1, 1), strict=True))
-    data = InstructionDataModule(weights, tokenizer=word_tokenizer(), val_size=1)
+    data = InstructionDataModule(weights, tokenizer=word_tokenizer(), val_size=5)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         data.setup("fit")
     sources = [example.source for example in data.examples("train")]
-    assert [sources.count(source) for source in data.corpus.sources] == [19, 19]
-    assert len(data.examples("validation")) == 2
-    assert "tasks: each of 4 training records comes 4.75 times" in caplog.text
+    assert [sources.count(source) for source in data.corpus.sources] == [16, 16]
+    assert len(data.examples("validation")) == 5
+    assert "tasks: each of 4 training records comes 4.00 times" in caplog.text
     assert data.hparams["path"] == weights
     assert (
         "source" not in InstructionDataModule(two[0], tokenizer=word_tokenizer()).tokens("train")[0]
     )
+
+
+def test_a_count_is_held_out_of_all_sources_together(two, tmp_path):
+    held = {
+        (False, 0.2): (4, 1),
+        (False, 10): (8, 2),
+        (False, 3): (2, 1),  # 2.4 and 0.6
+        (False, 1): (1, 0),
+        (True, 5): (3, 2),
+    }
+    for (streaming, val_size), expected in held.items():
+        data = InstructionDataModule(
+            list(two), val_size=val_size, streaming=streaming, tokenizer=word_tokenizer()
+        )
+        sources = [example.source for example in data.examples("validation")]
+        assert (sources.count("pairs"), sources.count("tasks")) == expected, (streaming, val_size)
+    (tmp_path / "own").mkdir()
+    for split, count in (("train", 20), ("validation", 3)):  # gives nothing of its train
+        rows = "\n".join(json.dumps({"prompt": "a", "completion": "b"}) for _ in range(count))
+        (tmp_path / "own" / f"{split}.jsonl").write_text(rows)
+    for streaming in (False, True):
+        data = InstructionDataModule(
+            [str(tmp_path / "own"), two[1]],
+            val_size=2,
+            streaming=streaming,
+            tokenizer=word_tokenizer(),
+        )
+        sources = [example.source for example in data.examples("validation")]
+        assert (sources.count("own"), sources.count("tasks")) == (3, 2)
+        assert len(data.examples("train")) == 20 + 3
+    with pytest.raises(ValueError, match="val_size 25 holds out 25 of 25 records of 2 sources"):
+        InstructionDataModule(list(two), val_size=25).examples("train")
+
+
+def test_templates_render_evaluation_once(tmp_path, monkeypatch):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps(CHAT) for _ in range(6)))
+    data = InstructionDataModule(str(file), val_size=2, tokenizer=chat_tokenizer("qwen"))
+    first = data.examples("validation")
+    calls = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(
+        ChatTemplate, "render", lambda *args, **more: calls.append(1) or render(*args, **more)
+    )
+    assert data.examples("validation") == first
+    assert not calls
+    first.clear()  # the caller's own
+    assert len(data.examples("validation")) == 2
+    data.tokenizer = chat_tokenizer("phi")
+    assert data.examples("validation") != first
+    assert calls
 
 
 def test_a_bad_record_of_one_source_names_its_file(two):
@@ -78,9 +130,9 @@ def test_a_bad_record_of_one_source_names_its_file(two):
 def test_a_trainer_trains_on_a_mixture(two, tmp_path):
     module = Recorder()
     weights = dict(zip(two, (1, 1), strict=True))
-    data = InstructionDataModule(weights, val_size=1, batch_size=4)
+    data = InstructionDataModule(weights, val_size=5, batch_size=4)
     make_trainer(tmp_path, max_epochs=1).fit(module, data)
-    assert sum(len(rows) for _, _, rows in module.seen) == 38
+    assert sum(len(rows) for _, _, rows in module.seen) == 32
 
 
 def test_length_statistics_are_logged_before_the_first_step(two, tmp_path):
@@ -309,7 +361,7 @@ def test_real_records_in_a_chat_template_of_ones_own(tokenizer, tmp_path):
 
 
 def test_several_sources_are_evaluated_each_and_together(two, tmp_path):
-    data = InstructionDataModule(list(two), val_size=2, batch_size=4)
+    data = InstructionDataModule(list(two), val_size=5, batch_size=4)
     module = AdapterFineTuneModule("tiny")
     trainer = make_trainer(tmp_path)
     trainer.validate(module, data, verbose=False)

@@ -113,6 +113,19 @@ def test_every_record_is_answered_in_order_and_scored(tmp_path, capsys):
     assert names(tmp_path) == {"out.jsonl", "out.scores.json"}
 
 
+def test_predictions_of_several_sources_say_their_source_and_are_scored_by_it(tmp_path, capsys):
+    for name, records in (("one", RECORDS[:4]), ("two", RECORDS[4:])):
+        (tmp_path / name).mkdir()
+        make_data(tmp_path / name, records)
+    data = InstructionDataModule([str(tmp_path / "one"), str(tmp_path / "two")], val_size=2)
+    rows = predict(tmp_path, make(), data)
+    assert [row["source"] for row in rows] == ["one"] * 4 + ["two"] * 6
+    found = json.loads((tmp_path / "out.scores.json").read_text())["answers"]
+    counts = {name: values["exact_match"]["answers"] for name, values in found.items()}
+    assert counts == {"x": 5, "y": 5, "source/one": 4, "source/two": 6}
+    assert "source/two" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_a_broken_run_goes_on_where_it_was(tmp_path, capsys, at):
     module = make()

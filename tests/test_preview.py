@@ -70,7 +70,7 @@ def test_a_split_of_several_sources_has_statistics_of_each(tmp_path, capsys):
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file in files:
         file.write_text(json.dumps(PAIRS * 2))
-    settings = {"tokenizer": word_tokenizer(), "val_size": 1, "max_length": 6}
+    settings = {"tokenizer": word_tokenizer(), "val_size": 2, "max_length": 6}
     data = InstructionDataModule(list(map(str, files)), **settings)
     show(data, "validation", 9, as_json=True)
     found = json.loads(capsys.readouterr().out)

@@ -32,10 +32,11 @@ pytestmark = [
 ]
 
 
-def fit(folder, callback, loggers=(), epochs=3, **settings):
-    file = folder / "pairs.jsonl"
-    file.write_text("\n".join(map(json.dumps, RECORDS)))
-    data = InstructionDataModule(str(file), batch_size=4, val_size=6)
+def fit(folder, callback, loggers=(), epochs=3, files=1, **settings):
+    paths = [folder / f"pairs{number or ''}.jsonl" for number in range(files)]
+    for number, path in enumerate(paths):
+        path.write_text("\n".join(map(json.dumps, RECORDS[number::files])))
+    data = InstructionDataModule(list(map(str, paths)), batch_size=4, val_size=6)
     torch.manual_seed(0)
     module = AdapterFineTuneModule(
         llama(vocab_size=len(TOKENIZER)), LoRA(rank=4, dropout=0.3), tokenizer=TOKENIZER
@@ -141,6 +142,18 @@ def test_without_further_scores_the_tables_are_those_of_exact_match(tmp_path, ca
         f"exact_match/{task}/{when}" for task in ("one", "two") for when in ("before", "after")
     }
     assert "Scores on held-out" not in capsys.readouterr().out
+
+
+def test_answers_of_several_sources_are_scored_by_source_too(tmp_path, capsys):
+    logger = CSVLogger(tmp_path, name="log", version="")
+    trainer, module, data = fit(tmp_path, samples(), [logger], epochs=1, files=2)
+    names = rows_of(tmp_path / "log" / "metrics.csv")[0].keys()
+    assert {f"exact_match/source/pairs{n}/after" for n in ("", "1")} <= names
+    assert "source/pairs1" in capsys.readouterr().out
+    trainer.test(module, data, verbose=False)
+    answers = json.loads((tmp_path / "log" / "test_scores.json").read_text())["answers"]
+    counts = {name: values["exact_match"]["answers"] for name, values in answers.items()}
+    assert counts["source/pairs"] == counts["source/pairs1"] == 3
 
 
 @pytest.mark.parametrize("named", [True, False])

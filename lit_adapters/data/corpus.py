@@ -11,7 +11,7 @@ from lit_adapters.data.examples import Example
 from lit_adapters.data.formats import FormatName, choose_format, why
 from lit_adapters.data.records import Records, SplitName, Splits, read_splits
 from lit_adapters.data.sources import shares, source_names, weights_of
-from lit_adapters.data.splits import complete_splits
+from lit_adapters.data.splits import complete_splits, held_out_of
 from lit_adapters.data.streaming import CHUNK, gathered, mixed, part, stream
 from lit_adapters.data.templates import Prompting, style_of, to_examples
 from lit_adapters.data.tokens import Tokens
@@ -127,8 +127,7 @@ class Corpus:
     def _read_all(self) -> dict[str, Splits]:
         """The splits of each source; the records of train as often as its weight says."""
         if self._splits is None:
-            read = self._head if self.streaming else self._whole
-            found = {source: read(source, path) for source, path in self.sources.items()}
+            found = self._heads() if self.streaming else self._whole()
             if not self.streaming:  # a stream is mixed while it runs
                 self._weigh(found)
             for source, splits in found.items():
@@ -152,24 +151,39 @@ class Corpus:
             self.log(f"{path}: format {name} ({why(name)})")
         return name
 
-    def _whole(self, source: str, path: str) -> Splits:
-        splits = complete_splits(read_splits(path), self.val_size, self.seed)
-        train = splits["train"]
-        splits["train"] = train.take(range(len(train))[: self.train_limit])
-        return splits
+    def _whole(self) -> dict[str, Splits]:
+        read = {source: read_splits(path) for source, path in self.sources.items()}
+        lacking = [source for source, splits in read.items() if "validation" not in splits]
+        sizes = [len(read[source]["train"]) for source in lacking]
+        held = dict(zip(lacking, held_out_of(self.val_size, sizes), strict=True))
+        found = {}
+        for source, one in read.items():
+            splits = complete_splits(one, held.get(source, 0), self.seed)
+            train = splits["train"]
+            splits["train"] = train.take(range(len(train))[: self.train_limit])
+            found[source] = splits
+        return found
 
     # --- streams ---------------------------------------------------------------------------------
 
-    def _head(self, source: str, path: str) -> Splits:
-        """The validation and test records of a stream, and the first of its training records."""
-        validation, test = gathered(stream(path, "validation")), gathered(stream(path, "test"))
-        if not validation and not (self.val_size >= 0 and self.val_size % 1 == 0):
+    def _heads(self) -> dict[str, Splits]:
+        """The validation and test records of streams, and the first of their training records."""
+        given = {s: gathered(stream(path, "validation")) for s, path in self.sources.items()}
+        lacking = [source for source, records in given.items() if not records]
+        if lacking and not (self.val_size >= 0 and self.val_size % 1 == 0):
             raise ValueError(
                 f"val_size {self.val_size} is no count of records, and nobody knows the length of "
                 "a stream to hold out a share: give a count (the first ones), or 0, or add a "
                 "validation split"
             )
-        self._held[source] = 0 if validation else int(self.val_size)
+        each, more = divmod(int(self.val_size), max(1, len(lacking)))
+        self._held = {source: each + (i < more) for i, source in enumerate(lacking)}
+        return {source: self._head(source, given[source]) for source in self.sources}
+
+    def _head(self, source: str, validation: Records) -> Splits:
+        path = self.sources[source]
+        test = gathered(stream(path, "test"))
+        self._held.setdefault(source, 0)
         head = gathered(part(stream(path), 0, self._held[source] + CHUNK))
         held = min(self._held[source], len(head))
         train = head.take(range(held, len(head))[: self.train_limit])

@@ -1,7 +1,7 @@
 """Prompts to answer: whole, whatever the longest sequence of training was."""
 
 from collections.abc import Iterator, Sequence, Set
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from lit_adapters.data.batches import EvalOrder
 from lit_adapters.data.examples import Example
@@ -12,7 +12,7 @@ class PromptRow(TypedDict):
 
     index: int  # in the split
     task: str
-    source: str
+    source: NotRequired[str]  # there if there are several
     prompt: str
     prompt_ids: list[int]
     stop_ids: list[int]
@@ -52,12 +52,14 @@ class PromptLoader:
 
     def _row(self, index: int) -> PromptRow:
         example = self.examples[index]
-        return PromptRow(
+        row = PromptRow(
             index=index,
             task=example.task,
-            source=example.source,
             prompt=example.prompt,
             prompt_ids=self.ids[index],
             stop_ids=self.stop,
             reference=example.response,
         )
+        if example.source:
+            row["source"] = example.source
+        return row

@@ -1,6 +1,7 @@
 """Making up for the splits a source does not have."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +14,32 @@ def complete_splits(splits: Splits, val_size: int | float, seed: int) -> Splits:
     if validation is None:
         train, validation = hold_out(train, val_size, seed)
     return {"train": train, "validation": validation, "test": splits.get("test", validation)}
+
+
+def held_out_of(val_size: int | float, sizes: Sequence[int]) -> list[int | float]:
+    """Return what to hold out of each source, by its number of records.
+
+    A share is that of each source. A count is of all together, and each gives in proportion to its
+    size; the fractions that are left over go where they are largest.
+
+    Raises:
+        ValueError: a count is not below the number of all records.
+    """
+    total = sum(sizes)
+    if len(sizes) < 2 or val_size < 1 or val_size % 1:
+        return [val_size] * len(sizes)
+    if val_size >= total:
+        raise ValueError(
+            f"val_size {val_size} holds out {val_size} of {total} records of {len(sizes)} sources "
+            "and leaves none to train on; lower val_size, or set it to 0"
+        )
+    exact = [int(val_size) * size / total for size in sizes]
+    counts = [math.floor(share) for share in exact]
+    by_fraction = sorted(range(len(sizes)), key=lambda i: counts[i] - exact[i])
+    room = [i for i in by_fraction if counts[i] + 1 < sizes[i]]
+    for i in room[: int(val_size) - sum(counts)]:
+        counts[i] += 1
+    return list(counts)
 
 
 def hold_out(records: Records, val_size: int | float, seed: int) -> tuple[Records, Records]:

@@ -3,8 +3,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_adapters.data import Records, complete_splits, hold_out, is_hub_id, read_splits
+from lit_adapters.data.splits import held_out_of
 
 RECORDS = Records({"instruction": f"number {i}", "output": str(i)} for i in range(20))
 LINES = "\n".join(map(json.dumps, RECORDS))
@@ -135,6 +138,21 @@ def test_hold_out_depends_on_the_seed_only():
 def test_hold_out_refuses_sizes_that_make_no_sense(val_size):
     with pytest.raises(ValueError, match=f"val_size {val_size}"):
         hold_out(RECORDS, val_size, seed=0)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=2, max_size=5).flatmap(
+        lambda sizes: st.tuples(st.just(sizes), st.integers(1, sum(sizes) - 1))
+    )
+)
+def test_a_count_is_shared_out_in_proportion(drawn):
+    sizes, count = drawn
+    held = held_out_of(count, sizes)
+    assert all(0 <= mine < size for mine, size in zip(held, sizes, strict=True))
+    exact = [count * size / sum(sizes) for size in sizes]
+    assert all(abs(mine - share) <= 1 for mine, share in zip(held, exact, strict=True))
+    if min(sizes) > count:  # room everywhere
+        assert sum(held) == count
 
 
 def test_missing_splits_are_made_up_for():

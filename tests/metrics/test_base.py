@@ -93,3 +93,19 @@ def test_scores_by_task_come_in_order_of_appearance():
     found = score_by_task(answers, [ExactMatch()])
     assert list(found) == ["b", "a", "all"]
     assert [values["exact_match"] for values in found.values()] == [(1, 2), (1, 1), (1, 1)]
+
+
+def test_answers_of_several_sources_are_scored_by_source_too():
+    answers = [
+        Answer("", "x", right, task, source)
+        for right, task, source in ["xaq", "yaq", "xbp", "xbq"]  # reference, task, source
+    ]
+    found = score_by_task(answers, [ExactMatch()])
+    assert list(found) == ["a", "b", "source/q", "source/p"]
+    assert [values["exact_match"] for values in found.values()] == [
+        (0.5, 2),
+        (1, 2),
+        (pytest.approx(2 / 3), 3),
+        (1, 1),
+    ]
+    assert list(score_by_task(answers[:2], [ExactMatch()])) == ["a"]  # one source is no source
