@@ -20,7 +20,7 @@ from lit_adapters import (
     SpikeGuard,
 )
 from tests.data.word_tokenizer import word_tokenizer
-from tests.models import base_bytes, gpt2, trainable
+from tests.models import base_bytes, gpt2, llama, trainable
 from tests.test_cli import fit_arguments
 from tests.test_cli import run as command_line
 from tests.test_datamodule import RECORDS
@@ -41,9 +41,14 @@ def data(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, RECORDS)))
 
-    def make():
+    def make(**settings):
         return InstructionDataModule(
-            str(file), tokenizer=word_tokenizer(), batch_size=4, val_size=6, max_length=32
+            str(file),
+            tokenizer=word_tokenizer(),
+            batch_size=4,
+            val_size=6,
+            max_length=32,
+            **settings,
         )
 
     return make
@@ -57,9 +62,10 @@ def sgd(groups):
     return torch.optim.SGD(groups, lr=1e-3)
 
 
-def module(optimizer=adamw, **settings):
+def module(optimizer=adamw, base=None, **settings):
     """Dropout in base and adapter: whatever touches the random state shows."""
-    base = gpt2(vocab_size=len(word_tokenizer()), resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
+    base = base or gpt2(vocab_size=len(word_tokenizer()), **dropout)
     settings = {"adapter": LoRA(rank=4, dropout=0.1), "warmup": 3, **settings}
     return AdapterFineTuneModule(base, tokenizer=word_tokenizer(), optimizer=optimizer, **settings)
 
@@ -118,6 +124,37 @@ def test_a_fit_after_a_search_is_to_the_bit_the_fit_without(tmp_path, data, accu
     assert searching.global_step == trainer.global_step
     for name in ("train/loss", "val/loss", "lr"):
         assert searching.logger[name] == trainer.logger[name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "packed"),
+    [
+        ({"batching": "packed"}, True),
+        ({"batching": "packed", "batch_tokens": 40}, True),
+        ({"streaming": True, "shuffle_buffer": 8}, True),
+        ({"streaming": True, "shuffle_buffer": 8, "batching": "padded"}, False),
+        ({"streaming": True, "batch_tokens": 40}, True),
+    ],
+    ids=str,
+)
+def test_a_fit_after_a_search_sees_the_packed_or_streamed_data_of_one_without(
+    tmp_path, data, settings, packed
+):
+    runs = []
+    for searches in (False, True):
+        seed_everything(5, verbose=False)
+        trainer, watch = trainer_of(tmp_path / str(searches), max_epochs=-1, max_steps=17)
+        ours, theirs = module(base=llama(vocab_size=len(word_tokenizer()))), data(**settings)
+        if searches:  # ends within an epoch, and not its first
+            Tuner(trainer).lr_find(ours, datamodule=theirs, num_training=11, update_attr=False)
+            assert watch.ids == []
+        trainer.fit(ours, theirs)
+        runs.append((watch.ids, trainable(ours)))
+    (plain, expected), (seen, found) = runs
+    assert all(len(batch) == 1 for batch in plain) == packed
+    assert len(plain) == 17
+    assert seen == plain
+    assert equal(found, expected)
 
 
 def test_what_was_found_is_what_the_fit_uses(tmp_path, data):
