@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -35,11 +34,10 @@ from lit_adapters.data import (
     read_hub,
     sequences,
     stop_ids,
-    tokenise,
 )
-from lit_adapters.data.cache import FOLDER, once
 from lit_adapters.fit_loaders import FitLoader, FitStream
 from lit_adapters.prompting import choose, prompting_of, set_prompting, to_note
+from lit_adapters.token_store import TokenStore
 
 _STAGES: Mapping[str | None, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
@@ -155,7 +153,6 @@ class InstructionDataModule(LightningDataModule):
         self.overlong: Overlong = overlong
         self.num_workers = num_workers
         self.train_limit = train_limit
-        self.cache_dir = cache_dir
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self.corpus = Corpus(
@@ -168,14 +165,17 @@ class InstructionDataModule(LightningDataModule):
             streaming,
             rank_zero_info,
         )
-        self.reports: dict[str, LengthReport] = {}
+        self._store = TokenStore(self.corpus, cache_dir)
         self._given = {"template": None if template == "auto" else template,
                        "task_prompt": task_prompt}  # fmt: skip
         self._asked: Prompting | None = None  # as training is, once it began
         self._recorded: Prompting | None = None  # what loaded adapters said
-        self._tokens: dict[str, list[Tokens]] = {}
-        self._tokenised_with: PreTrainedTokenizerBase | None = None
         self._padding_explained = False
+
+    @property
+    def reports(self) -> dict[str, LengthReport]:
+        """Lengths of what was tokenised, by split, and by source where there are several."""
+        return self._store.reports
 
     def prepare_data(self) -> None:
         """Download a hub data set into the cache, once per machine."""
@@ -260,7 +260,7 @@ class InstructionDataModule(LightningDataModule):
         own = self.corpus.prompting, self.corpus.resolved(tokenizer)
         if to_note(chosen) not in map(to_note, own):
             self.corpus.prompting = replace(chosen, train_on=self.corpus.prompting.train_on)
-            self._tokens, self.reports = {}, {}
+            self._store.forget()
             rank_zero_info("Prompts are made as in the training of the adapter that was loaded.")
         if differs:
             rank_zero_info(f"Note: {differs}.")
@@ -350,36 +350,8 @@ class InstructionDataModule(LightningDataModule):
         """The tokens of a split, or of what one source gives to it."""
         tokenizer = self._load_tokenizer()
         self._ask_as_trained(tokenizer)
-        if tokenizer is not self._tokenised_with:
-            self._tokenised_with, self._tokens, self.reports = tokenizer, {}, {}
-        name = split if source is None else f"{split}/{source}"
-        if name not in self._tokens:
-            tokens: list[Tokens] = []
-            examples = self.corpus.examples(split, tokenizer, source)
-            if examples:
-                with self.corpus.naming(split, source):
-                    tokens, report = once(
-                        tokenise,
-                        examples,
-                        tokenizer,
-                        self._cache_folder(),
-                        rank_zero_info,
-                        max_length=self.max_length,
-                        overlong=self.overlong,
-                    )
-                self.reports[name] = report
-                path = self.corpus.name if source is None else self.corpus.sources[source]
-                rank_zero_info(f"{path} ({split}): {report}")
-                for logger in getattr(self.trainer, "loggers", []):
-                    values = report.metrics().items()
-                    logger.log_metrics({f"data/{name}/{key}": v for key, v in values}, step=0)
-            self._tokens[name] = tokens
-        return self._tokens[name]
-
-    def _cache_folder(self) -> Path | None:
-        if self.cache_dir == "auto":
-            return FOLDER
-        return None if self.cache_dir is None else Path(self.cache_dir).expanduser()
+        loggers = getattr(self.trainer, "loggers", [])
+        return self._store.tokens(split, source, tokenizer, self.max_length, self.overlong, loggers)
 
     def _fitting(self, split: SplitName, source: str | None = None) -> list[Tokens]:
         """The tokens of a split, all within the context of the model, if it is known."""

@@ -50,6 +50,7 @@ FLOORS = {
     "module.py": 5,
     "datamodule.py": 5,
     "batching.py": 5,
+    "token_store.py": 5,
     "fit_loaders.py": 5,
     "callbacks/": 5,
     "evaluation.py": 5,

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_adapters.data.examples import Conversation, Example, Span, TrainOn, Turn
+from lit_adapters.data.markers import has_markers, with_visible_markers, without_markers
 
 Message = dict[str, Any]
 
 _PROBE = "lit-adapters-probe"
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: stand for the generation markers of a template
-_MARKERS = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         own: str = tokenizer.get_chat_template() if template is None else template
-        self.marked = bool(_MARKERS.search(own))
-        self.template = _MARKERS.sub(_visible, own)
+        self.marked = has_markers(own)
+        self.template = with_visible_markers(own)
         special = _one_of(tokenizer.all_special_tokens)
         either = _one_of([*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens])
         self._special = re.compile(special)
@@ -259,13 +258,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], answers: Sequence[int], tools: Sequence[Any]
     ) -> list[tuple[Written, list[Span]]]:
         """Return the one text and its spans, as the template's own markers say."""
-        marked = self.render(messages, tools)
-        text, spans = "", []
-        for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", marked):
-            clean = piece.strip(_OPEN + _CLOSE) if piece.startswith(_OPEN) else piece
-            if piece.startswith(_OPEN):
-                spans.append((len(text), len(text) + len(clean)))
-            text += clean
+        text, spans = without_markers(self.render(messages, tools))
         said = [number for number, m in enumerate(messages) if m["role"] == "assistant"]
         if len(spans) != len(said):
             raise ValueError(
@@ -309,11 +302,3 @@ def _one_of(tokens: Sequence[str]) -> str:
     """Return the pattern of any of these tokens, those of white space left out."""
     longest_first = sorted({t for t in tokens if t.strip()}, key=len, reverse=True)
     return "|".join(map(re.escape, longest_first)) or r"(?!)"
-
-
-def _visible(match: re.Match[str]) -> str:
-    """Turn a generation marker into a character in the text, white space trimmed as before."""
-    left, name, right = match.groups()
-    if name == "generation":
-        return f"{{%{left} if true %}}{{{{ {_OPEN!r} }}}}{{% if true {right}%}}"
-    return f"{{%{left} endif %}}{{{{ {_CLOSE!r} }}}}{{% endif {right}%}}"
