@@ -1,6 +1,6 @@
 """LoRA against full fine-tuning, after Anyscale's study of Llama 2 (2023), at the embedded size.
 
-python examples/lora_vs_full.py [--seeds 1 2 3] [--steps 300] [--processes 2] [--json FILE]
+python examples/lora_vs_full.py [--seeds 1 2 3] [--steps 150] [--processes 2] [--json FILE]
 
 Every run trains the embedded base on the embedded data, all three tasks together, and answers the
 held-out records. The study's questions, each a group of runs:
@@ -13,14 +13,16 @@ held-out records. The study's questions, each a group of runs:
 
 Seconds are the processor's, so other work on the machine counts little.
 
-Finished runs are kept in ``--out``, so a broken-off study goes on where it stopped. The plot needs
-matplotlib: ``pip install -e '.[plot]'``.
+Finished runs are kept in ``--out``, so a broken-off study goes on where it stopped; with
+``--finished`` it is shown as far as it came. The plot needs matplotlib:
+``pip install -e '.[plot]'``.
 """
 
 import argparse
 import hashlib
 import json
 import logging
+import platform
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -124,7 +127,7 @@ def model_for(setting: Setting):  # noqa: ANN201
 
 def run(setting: Setting, seed: int, steps: int, limit: int, out: Path) -> dict:
     """Train and answer once; the result is kept below ``out``."""
-    file = place(out, f"{setting!r} {seed} {steps} {limit}")
+    file = place(out, setting, seed, steps, limit)
     if file.exists():
         return json.loads(file.read_text())
     import torch
@@ -190,17 +193,17 @@ def run(setting: Setting, seed: int, steps: int, limit: int, out: Path) -> dict:
 
 def fit_memory(setting: Setting, memory: int, out: Path) -> dict:
     """Measure the speed at the largest batch that fits ``memory`` MB; kept below ``out``."""
-    file = place(out, f"memory {setting!r} {memory}")
+    file = place(out, "memory", setting, memory)
     if file.exists():
         return json.loads(file.read_text())
-    from lora_vs_full_memory import fitting_batch, speed
+    import lora_vs_full_memory as measure
 
     be_quiet()
     adapter = adapter_for(setting)
-    size = fitting_batch(adapter, memory * 10**6)
-    result = {"name": str(setting), "memory": memory, "batch": size}
+    size = measure.fitting_batch(adapter, memory * 10**6)
+    result = {"name": str(setting), "memory": memory, "batch": size, "length": measure.LENGTH}
     if size:
-        result["tokens_per_second"] = speed(adapter, size)
+        result["tokens_per_second"] = measure.speed(adapter, size)
     keep(file, result)
     return result
 
@@ -215,9 +218,10 @@ def be_quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-def place(out: Path, work: str) -> Path:
+def place(out: Path, *work: object) -> Path:
     """Return the file of a result."""
-    return out / f"{hashlib.sha256(work.encode()).hexdigest()[:16]}.json"
+    key = " ".join(map(str, (repr(one) if isinstance(one, Setting) else one for one in work)))
+    return out / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def keep(file: Path, result: dict) -> None:
@@ -253,8 +257,11 @@ def table(group: str, results: list[dict]) -> str:
         if not own:
             continue
         one, stopped = own[0], sum("diverged" in r for r in own)
+        fewer = len(own) < len({r["seed"] for r in results})
         cells = [
-            one["name"] + (f" ({stopped} of {len(own)} diverged)" if stopped else ""),
+            one["name"]
+            + (f" ({stopped} of {len(own)} diverged)" if stopped else "")
+            + (f" ({len(own)} seeds)" if fewer else ""),
             *(show(one) for show in asked.values()),
             ranged((r["val_loss"] for r in own), ".3f"),
             *(ranged((r["exact_match"][task] for r in own), ".0%") for task in tasks),
@@ -273,7 +280,7 @@ def memory_table(results: list[dict]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(r["name"] for r in results):
         cells = [
-            f"{r['batch']} x 256 tokens, {r['tokens_per_second']:,.0f} tokens/s"
+            f"{r['batch']} x {r['length']} tokens, {r['tokens_per_second']:,.0f} tokens/s"
             if r["batch"]
             else "nothing fits"
             for r in results
@@ -322,10 +329,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--answers", type=int, default=200, help="held-out records answered")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--answers", type=int, default=80, help="held-out records answered")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/lora_vs_full"))
+    parser.add_argument("--finished", action="store_true", help="make no runs, show what is there")
     parser.add_argument("--json", type=Path, help="also write all results to this file")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -335,7 +343,10 @@ def main() -> None:
     work = [(setting, seed) for seed in options.seeds for setting in settings]
     budgets = [(s, memory) for s in GROUPS["memory"] for memory in MEMORIES]
     budgets = budgets if "memory" in options.groups else []
-    runs = []
+    if options.finished:
+        asked = (options.steps, options.answers)
+        work = [one for one in work if place(options.out, *one, *asked).exists()]
+        budgets = [one for one in budgets if place(options.out, "memory", *one).exists()]
     with (
         ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool,
         Progress() as bar,
@@ -345,18 +356,27 @@ def main() -> None:
             pool.submit(run, *one, options.steps, options.answers, options.out) for one in work
         ]
         for done in as_completed(waiting):
-            runs.append(done.result())
+            done.result()
             bar.advance(task)
-        fits = []
+        runs, fits = [one.result() for one in waiting], []
         for one in budgets:  # one at a time: speeds are measured
             fits.append(pool.submit(fit_memory, *one, options.out).result())
             bar.advance(task)
+    machine = {
+        "steps": options.steps,
+        "answers": options.answers,
+        "seeds": sorted({run["seed"] for run in runs}),
+        "processor": platform.processor() or platform.machine(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
     for group in trained:
         print(f"\n### {group}\n\n{table(group, runs)}")
     if fits:
         print(f"\n### memory\n\n{memory_table(fits)}")
     if options.json:
-        options.json.write_text(json.dumps({"runs": runs, "memory": fits}))
+        found = {"machine": machine, "runs": runs, "memory": fits}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     if not runs:
         return
     if find_spec("matplotlib"):

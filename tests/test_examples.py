@@ -1,10 +1,13 @@
 """Every example runs as a user runs it."""
 
+import importlib
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,7 +68,7 @@ def test_the_study_makes_a_table_for_each_question_and_goes_on_where_it_stopped(
         ("LoRA r8, all linear", "frozen"),
         ("LoRA r8, all linear", "trained"),
     ]
-    runs = {(r["name"], r["tokens"]): r for r in json.loads((tmp_path / "all").read_text())}
+    runs = {(r["name"], r["tokens"]): r for r in json.loads((tmp_path / "all").read_text())["runs"]}
     trained, frozen = (runs["LoRA r8, all linear", rows] for rows in ("trained", "frozen"))
     assert trained["trainable"] - frozen["trainable"] == 3 * 128  # three rows of a tied embedding
     assert all(run["val_loss"] > 0 and run["exact_match"] for run in runs.values())
@@ -74,3 +77,49 @@ def test_the_study_makes_a_table_for_each_question_and_goes_on_where_it_stopped(
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.stdout.split("plot")[0].split() == first.stdout.split("plot")[0].split()
     assert {file: file.stat().st_mtime for file in tmp_path.glob("*.json")} == kept
+
+    next(iter(kept)).unlink()
+    part = subprocess.run([*command, "--finished"], capture_output=True, text=True, check=False)
+    assert part.stdout.count("\n| ") == first.stdout.count("\n| ") - 1
+    assert len(list(tmp_path.glob("*.json"))) == len(kept) - 1
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """The study's two files, with short sequences and few steps."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    memory = importlib.import_module("lora_vs_full_memory")
+    monkeypatch.setattr(memory, "LENGTH", 32)
+    monkeypatch.setattr(memory, "STEPS", 3)
+    return importlib.import_module("lora_vs_full"), memory
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*`is_gradient_checkpointing`")
+def test_the_largest_batch_of_a_memory_is_the_estimates_and_is_really_trained(
+    study, tmp_path, monkeypatch
+):
+    ours, memory = study
+    trained, collate = [], memory.collate
+    monkeypatch.setattr(
+        memory, "collate", lambda rows, pad_id: trained.append(len(rows)) or collate(rows, pad_id)
+    )
+    few = ours.fit_memory(ours.FULL, 30, tmp_path)
+    many = ours.fit_memory(ours.LORA, 30, tmp_path)
+    assert many["batch"] > few["batch"] > 0  # of what gradients and optimizer leave
+    assert trained == [few["batch"]] * 3 + [many["batch"]] * 3
+    peaks = [peak(memory, ours.adapter_for(ours.LORA), many["batch"] + more) for more in (0, 1)]
+    assert peaks[0] <= 30e6 < peaks[1]
+    nothing = ours.fit_memory(ours.FULL, 5, tmp_path)
+    assert nothing == {"name": "full", "memory": 5, "batch": 0, "length": 32}
+    assert ours.fit_memory(ours.FULL, 30, tmp_path) == few  # kept
+    shown = ours.memory_table([few, many]).splitlines()
+    assert shown[0] == "| trained | in 30 MB |"
+    assert f"| {few['batch']} x 32 tokens, {few['tokens_per_second']:,.0f} tokens/s |" in shown[2]
+    assert "nothing fits" in ours.memory_table([nothing])
+
+
+def peak(memory, adapter, size):
+    module = memory.AdapterFineTuneModule("tiny", adapter)
+    training = memory.Training(module, size, memory.LENGTH, clip=True)
+    return memory.estimate(memory.Rehearsal(training)).peak
