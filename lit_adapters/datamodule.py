@@ -208,8 +208,8 @@ class InstructionDataModule(LightningDataModule):
     def train_dataloader(self) -> FitLoader | FitStream:
         """Return the shuffled training batches of this device."""
         tokens = self._fitting("train")
-        self._asked = self.corpus.resolved(self._load_tokenizer()).with_text()
         if self._module is not None:
+            self._asked = self.corpus.resolved(self._load_tokenizer()).with_text()
             set_prompting(self._module, self._asked)
         if self.streaming:
             return self._train_stream()
