@@ -109,7 +109,7 @@ def test_templates_render_evaluation_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ChatTemplate, "render", lambda *args, **more: calls.append(1) or render(*args, **more)
     )
-    assert data.examples("validation") == first
+    assert data.examples("validation") == data.examples("test") == first
     assert not calls
     first.clear()  # the caller's own
     assert len(data.examples("validation")) == 2

@@ -49,7 +49,7 @@ class Corpus:
         self.sources = dict(zip(source_names(paths), paths, strict=True))
         self._splits: dict[str, Splits] | None = None
         self._formats: dict[str, FormatName] = {}
-        self._made: dict[tuple[str, str], tuple[Any, list[Example]]] = {}
+        self._made: dict[tuple[str, int], tuple[Any, list[Example]]] = {}
         self._held: dict[str, int] = {}  # records at the start of a stream that are validation's
 
     @property
@@ -81,7 +81,7 @@ class Corpus:
             return self._formatted(records, split, source, tokenizer)
         template = getattr(tokenizer, "chat_template", None)
         made_with = (tokenizer, template, self.prompting)
-        key = (split, source)
+        key = (source, id(records))  # a test split may be the very validation split
         if key not in self._made or self._made[key][0] != made_with:
             examples = self._formatted(records, split, source, tokenizer)
             self._made[key] = made_with, examples
