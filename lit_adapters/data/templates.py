@@ -67,7 +67,7 @@ class Prompting:
     @property
     def is_text(self) -> bool:
         """Whether the template is the text of one, in Jinja."""
-        return "{{" in self.template or "{%" in self.template
+        return _is_jinja(self.template)
 
     @property
     def is_file(self) -> bool:
@@ -150,6 +150,10 @@ def _style(
     return ("alpaca" if style == "alpaca" else "none"), None
 
 
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
+
+
 def _read(file: str) -> str:
     path = Path(file).expanduser()
     if not path.is_file():
@@ -158,7 +162,7 @@ def _read(file: str) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"template {file} is not UTF-8 ({error})") from None
-    if not ("{{" in text or "{%" in text):
+    if not _is_jinja(text):
         raise ValueError(
             f"template {file} holds no Jinja, neither {{{{ ... }}}} nor {{% ... %}}; expected a "
             "chat template, which writes the turns of `messages`"
