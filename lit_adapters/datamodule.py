@@ -252,8 +252,10 @@ class InstructionDataModule(LightningDataModule):
 
     def _ask_as_trained(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Ask adapters that were loaded as in their training, where these settings say nothing."""
-        recorded = None if self._module is None else prompting_of(self._module)
-        if recorded in (None, self._recorded) or self._asked is not None:
+        if self._module is None or self._asked is not None:
+            return
+        recorded = prompting_of(self._module)
+        if recorded == self._recorded:
             return
         self._recorded = recorded
         chosen, differs = choose(self._given, recorded)
@@ -261,7 +263,8 @@ class InstructionDataModule(LightningDataModule):
         if to_note(chosen) not in map(to_note, own):
             self.corpus.prompting = replace(chosen, train_on=self.corpus.prompting.train_on)
             self._store.forget()
-            rank_zero_info("Prompts are made as in the training of the adapter that was loaded.")
+            if recorded is not None:
+                rank_zero_info("Prompts are made as in the training of the loaded adapter.")
         if differs:
             rank_zero_info(f"Note: {differs}.")
 

@@ -192,6 +192,17 @@ def test_a_loaded_adapter_is_predicted_and_saved_again_as_it_was_trained(own_tem
     assert extra["prompting"] == noted(own_template)
 
 
+def test_the_next_adapter_is_asked_in_its_own_way(own_template, base, tmp_path):
+    fit(tmp_path / "other", base, template="none")
+    data, starts = data_of(own_template), []
+    modules = [loaded(own_template, base), loaded(tmp_path / "other", base)]
+    unknown = AdapterFineTuneModule(str(base), LoRA(rank=2), max_new_tokens=2)
+    for module in [*modules, unknown]:
+        rows = trainer_of(own_template).predict(module, data)
+        starts.append(rows[0][0]["prompt"].split()[0])
+    assert starts == ["system", "a", "Below"]
+
+
 @pytest.mark.parametrize("given", [{"template": "alpaca"}, {"task_prompt": "say it"}])
 def test_what_is_given_to_the_data_module_wins_and_is_said_once(own_template, base, given, caplog):
     module, data = loaded(own_template, base), data_of(own_template, **given)
