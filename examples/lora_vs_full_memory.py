@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.data.batches import collate
 from lit_adapters.data.tokens import Tokens
-from lit_adapters.estimation import estimate, largest_batch
+from lit_adapters.estimate.estimation import estimate, largest_batch
+from lit_adapters.estimate.rehearsal import Rehearsal
+from lit_adapters.estimate.shapes import Training
 from lit_adapters.module import AdapterFineTuneModule
-from lit_adapters.rehearsal import Rehearsal
-from lit_adapters.shapes import Training
 
 LENGTH = 256  # tokens of a sequence
 STEPS = 6  # of which the first warms up
