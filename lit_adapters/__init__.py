@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         PrefixTuning,
         start_from_text,
     )
-    from lit_adapters.attachment import attach, check_adapters_fire, detach, merge
+    from lit_adapters.attachment import attach, check_adapters_fire, detach
     from lit_adapters.callbacks import (
         AdapterCheckpoint,
         GaLore,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         QPiSSA,
     )
     from lit_adapters.io import load_adapter, save_adapter
+    from lit_adapters.merging import merge
     from lit_adapters.module import AdapterFineTuneModule
     from lit_adapters.quantization import BitsAndBytes
 
@@ -53,7 +54,8 @@ _HOMES = {
         "PrefixTuning",
         "start_from_text",
     ],
-    "lit_adapters.attachment": ["attach", "check_adapters_fire", "detach", "merge"],
+    "lit_adapters.attachment": ["attach", "check_adapters_fire", "detach"],
+    "lit_adapters.merging": ["merge"],
     "lit_adapters.callbacks": [
         "AdapterCheckpoint",
         "GaLore",

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lit_adapters.adapters import Adapted, AdapterSpec, FullFineTuning, LoRA, LoRAAdapter
 from lit_adapters.adapters.taken import TAKEN_NOTE
-from lit_adapters.attachment import adapted_layers, attach, materialise, merge, mount, unmount
+from lit_adapters.attachment import adapted_layers, attach, materialise, mount, unmount
 from lit_adapters.folder import EXTRA, read_json
 from lit_adapters.initialisers import Factors
 from lit_adapters.io import folder_spec, load_adapter, save_adapter
+from lit_adapters.merging import merge
 from lit_adapters.remainders import with_taken
 from lit_adapters.weights import group_count, matrix_shape
 

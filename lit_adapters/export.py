@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import OWN_TYPE
-from lit_adapters.attachment import merge
 from lit_adapters.io import peft_config, save_adapter
+from lit_adapters.merging import merge
 
 VLLM_RANK = 16  # its default --max-lora-rank
 

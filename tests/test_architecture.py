@@ -26,6 +26,7 @@ FLOORS = {
     "targets.py": 2,
     "footprint.py": 3,
     "attachment.py": 3,
+    "merging.py": 4,
     "gradients.py": 4,
     "guards.py": 4,
     "initialisation.py": 4,
