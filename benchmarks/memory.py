@@ -19,7 +19,6 @@ The default size takes four minutes of a processor and 4 GB. benchmarks/results 
 import argparse
 import gc
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from machine import named
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ from lit_adapters.weights import hush
 
 Tick = Callable[[str], None]  # says what was done
 
+PACKAGES = ("transformers", "bitsandbytes")  # whose versions are told
 REFERENCE = "LoRA"
 LORA = LoRA(rank=8)
 
@@ -109,6 +110,7 @@ class Row:
     method: str
     trained_parameters: int
     weight_bytes: int
+    galore_bytes: int
     optimizer_bytes: int
     peak_bytes: int
     seconds: list[float] = field(default_factory=list)
@@ -146,12 +148,15 @@ class Job:
         self.optimizer.zero_grad()
 
     def bytes_of_weights(self) -> int:
-        """Of base and adapter; GaLore's subspaces and shadows count with them."""
+        """Of base and adapter."""
         sizes = footprint(self.model)
+        return sizes.base_bytes + sizes.adapter_bytes
+
+    def bytes_of_galore(self) -> int:
+        """Of its subspaces, and of the shadows that stand for the weights in the optimizer."""
         projected = self.engine.projected.values() if self.engine else []
-        bases = (b for one in projected for b in one.projector or () if b is not None)
-        shadows = (one.shadow for one in projected)
-        return sizes.base_bytes + sizes.adapter_bytes + sum(t.nbytes for t in (*bases, *shadows))
+        bases = (basis for one in projected for basis in one.projector or () if basis is not None)
+        return sum(t.nbytes for t in (*bases, *(one.shadow for one in projected)))
 
 
 def random_base(options: argparse.Namespace, folder: Path) -> None:
@@ -241,13 +246,9 @@ def seconds_of(step: Callable[[], None], device: str) -> float:
 
 def measured(name: str, job: Job, device: str) -> Row:
     job.step()  # makes the optimizer's state, and GaLore's first subspaces
-    return Row(
-        name,
-        footprint(job.model).trainable,
-        job.bytes_of_weights(),
-        size := optimizer_bytes(job.optimizer),
-        job.bytes_of_weights() + size + peak_of(job.step, device),
-    )
+    held = job.bytes_of_weights(), job.bytes_of_galore(), optimizer_bytes(job.optimizer)
+    peak = sum(held) + peak_of(job.step, device)
+    return Row(name, footprint(job.model).trainable, *held, peak)
 
 
 def race(jobs: dict[str, Job], rows: list[Row], rounds: int, device: str, tick: Tick) -> None:
@@ -289,14 +290,25 @@ def megabytes(value: float) -> str:
 
 def table(rows: list[Row], against: Row, timed: bool) -> str:
     """``timed``: whether seconds are medians of turns, with a spread."""
-    head = ["", "trained", "weights", "optimizer", "peak", f"peak / {against.method}", "seconds"]
+    head = [
+        "",
+        "trained",
+        "weights",
+        "GaLore",
+        "optimizer",
+        "peak",
+        f"peak / {against.method}",
+        "seconds",
+    ]
     head += [f"time / {against.method}", "spread"] if timed else []
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [
             row.method,
             f"{row.trained_parameters:,}",
-            *map(megabytes, (row.weight_bytes, row.optimizer_bytes, row.peak_bytes)),
+            megabytes(row.weight_bytes),
+            megabytes(row.galore_bytes) if row.galore_bytes else "",
+            *map(megabytes, (row.optimizer_bytes, row.peak_bytes)),
             f"{row.peak_bytes / against.peak_bytes:.2f}",
             f"{row.median:.2f}",
         ]
@@ -306,12 +318,6 @@ def table(rows: list[Row], against: Row, timed: bool) -> str:
     return "\n".join(lines)
 
 
-def machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"CPU, {os.cpu_count()} cores (one thread), torch {torch.__version__}"
-
-
 def report(rows: list[Row], galore_rows: list[Row], options: argparse.Namespace) -> str:
     size = (
         f"Llama of {options.hidden} x {options.layers} layers, vocabulary {options.vocabulary:,}, "
@@ -319,8 +325,9 @@ def report(rows: list[Row], galore_rows: list[Row], options: argparse.Namespace)
     )
     return "\n\n".join(
         [
-            f"{machine(options.device)}. {size}. Weights (GaLore's with its subspaces), optimizer "
-            f"state and peak in MB; seconds are medians of {options.rounds} turns.",
+            f"{named(options.device, *PACKAGES)}. {size}. Weights, GaLore's subspaces and shadows, "
+            "optimizer state and peak in MB; seconds (of one thread on a CPU) are medians of "
+            f"{options.rounds} turns.",
             table(rows, rows[0], timed=True),
             f"GaLore (rank {options.hidden // 4}), one step of 1 or 4 micro-batches. Times of one "
             "run, new subspaces for all weights; the default is one such step in 200.",
@@ -363,7 +370,7 @@ def main() -> None:
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k != "json"}
         content = {
-            "machine": machine(options.device),
+            "machine": named(options.device, *PACKAGES),
             "settings": settings,
             "methods": list(map(asdict, rows)),
             "galore_windows": list(map(asdict, galore_rows)),

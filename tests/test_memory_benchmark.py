@@ -35,13 +35,17 @@ def rows(ran):
 
 
 def test_states_and_origins_have_the_bytes_that_they_must(rows):
-    lora, full = rows["LoRA"], rows["full, AdamW"]
+    lora, full, galore = rows["LoRA"], rows["full, AdamW"], rows["GaLore, AdamW"]
     for row in (lora, full):  # two fp32 moments, and a count for each tensor
         moments = 8 * row["trained_parameters"]
         assert moments < row["optimizer_bytes"] < moments * 1.05
     origin = rows["PiSSA (origin pinned)"]["weight_bytes"] - lora["weight_bytes"]
     assert origin == 4 * lora["trained_parameters"]
-    assert full["weight_bytes"] == 4 * full["trained_parameters"]
+    assert full["weight_bytes"] == 4 * full["trained_parameters"] == galore["weight_bytes"]
+    assert (full["galore_bytes"], lora["galore_bytes"]) == (0, 0)
+    # Squares of 64 and matrices of 176 x 64, rank 16: a subspace of 64 rows and a shadow.
+    layer = 4 * (16 * (64 + 64)) + 3 * (16 * (64 + 176))
+    assert galore["galore_bytes"] == 4 * SIZES["layers"] * layer
     assert rows["full, AdamW8bit"]["optimizer_bytes"] < 0.3 * full["optimizer_bytes"]
     assert rows["GaLore, AdamW"]["optimizer_bytes"] < 0.6 * full["optimizer_bytes"]
     assert rows["QLoRA (nf4)"]["weight_bytes"] < 0.6 * lora["weight_bytes"]

@@ -173,11 +173,14 @@ def test_on_trained_weights_more_rounds_help_and_loftq_helps_less(base):
     assert five > loftq + 0.01
 
 
-def test_the_benchmark_prints_its_table_beside_the_papers_numbers():
+def test_the_benchmark_prints_its_table_beside_the_papers_numbers(tmp_path):
     script = [sys.executable, str(ROOT / "benchmarks" / "quantisation_error.py"), "--ranks", "4"]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=False)
+    more = ["--json", str(tmp_path / "rows.json")]
+    done = subprocess.run([*script, *more], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    head, _, ours, *papers = done.stdout.strip().splitlines()
+    said, _, head, _, ours, *papers = done.stdout.strip().splitlines()
+    assert said.startswith("CPU, ")
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
     assert head.count("|") == ours.count("|") == papers[0].count("|")
     assert ours.startswith("| tiny, r 4 | 0% | ")
     assert [row.split("|")[1].strip() for row in papers] == [
