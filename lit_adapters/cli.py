@@ -33,6 +33,7 @@ from lit_adapters.metrics import TextMetric
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.saved_settings import trusted_settings
 from lit_adapters.suggestions import ClearErrors
+from lit_adapters.weights import hush
 
 # Under keys of their own, so that a `trainer.callbacks` list adds to them instead of replacing.
 CALLBACKS = {
@@ -200,6 +201,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _hush() -> None:
     """Silence what third parties say about our own, intended use of them."""
+    hush()  # before a class path imports bitsandbytes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls
     for message in (
         ".*Experiment logs directory .* exists and is not empty",  # TensorBoard writes there too

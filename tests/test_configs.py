@@ -1,5 +1,7 @@
 """Every YAML in configs/ parses, alone or over the main one, and says what it means to say."""
 
+import csv
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,3 +131,36 @@ def test_overlays_compose_and_flags_win(capsys):
     assert found["data"]["batch_size"] == 2
     assert found["model"]["adapter"]["init_args"]["rank"] == 32
     assert found["trainer"]["accumulate_grad_batches"] == 4
+
+
+# ---------------------------------------------------------------- what is fitted into memory
+
+
+def as_a_user(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lit_adapters", "fit", "--config", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.parametrize("method", ["qlora", "qpissa"])  # GaLore's are tested beside its callback
+def test_a_quantised_config_trains_the_embedded_base(tmp_path, method):
+    pytest.importorskip("bitsandbytes")
+    as_a_user(
+        *(CONFIGS / f"alpaca_{method}.yaml", f"--trainer.default_root_dir={tmp_path}"),
+        *("--data.train_limit=16", "--trainer.max_epochs=10", "--trainer.log_every_n_steps=1"),
+        *("--samples.limit=0", "--trainer.limit_val_batches=1"),
+    )
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
+    assert len(losses) == 20  # of the same sixteen records, ten times
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+    assert list(tmp_path.rglob("checkpoints/last.ckpt"))
+
+
+def test_an_optimizer_of_bitsandbytes_is_imported_without_noise():
+    pytest.importorskip("bitsandbytes")
+    done = as_a_user(CONFIGS / "alpaca_galore_8bit.yaml", "--print_config")
+    assert "bitsandbytes.optim.AdamW8bit" in done.stdout
+    assert done.stderr == ""
