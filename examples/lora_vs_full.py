@@ -306,7 +306,7 @@ def plot(results: list[dict], file: Path) -> None:
         edges = [[pick(v) for v in found.values()] for pick in (min, max)]
         axes.fill_between(list(found), *edges, color=color, alpha=0.15, linewidth=0)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     curve(left, dict.fromkeys((1, 64), FULL), "full fine-tuning", "black")
     curve(left, {r: Setting("all", r) for r in RANKS}, "LoRA, all linear layers", "tab:blue")
     attention = {r: Setting("attention", r) for r in RANKS}
@@ -318,7 +318,8 @@ def plot(results: list[dict], file: Path) -> None:
             shade = color if prompt else {"black": "gray", "tab:blue": "tab:cyan"}[color]
             settings = {f: replace(one, factor=f, prompt=prompt) for f in FACTORS}
             curve(right, settings, label + described, shade)
-    right.set(xscale="log", xlabel="learning rate, relative to each one's stable rate")
+    relative = "learning rate, relative to each one's stable rate"
+    right.set(xscale="log", yscale="log", xlabel=relative)  # the largest rates diverge
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False)
