@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec, adapters_of
 from lit_adapters.initialisers import named_generator
+from lit_adapters.spread import plain_name
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import settle
 
@@ -188,7 +189,7 @@ def adapted_layers(model: nn.Module, slot: str | None = None) -> Iterator[Adapte
     for name, layer in model.named_modules():
         for adapter in adapters_of(layer):
             if slot in (None, adapter.slot):
-                yield Adapted(name, layer, adapter)
+                yield Adapted(plain_name(name), layer, adapter)
 
 
 def detach(model: Model) -> Model:

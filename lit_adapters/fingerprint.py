@@ -15,6 +15,12 @@ from lit_adapters.weights import has_matrix, is_lookup, is_plain, matrix_shape
 
 PACKED = "packed"  # in place of digests of weights that are not there
 SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billions of weights
+REMEMBERED = "whole_fingerprint"  # attribute of a model that is about to be sharded
+
+
+def remember_fingerprint(model: nn.Module) -> None:
+    """Let `fingerprint` say from now on what it says now: shards have other values."""
+    setattr(model, REMEMBERED, fingerprint(model))
 
 
 def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> str:
@@ -34,6 +40,8 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
         model: With or without adapters.
         adapted: Adapters built for the model that are not on it yet; None takes those it holds.
     """
+    if (remembered := getattr(model, REMEMBERED, None)) is not None:
+        return str(remembered)
     held = list(adapted_layers(model)) if adapted is None else adapted
     moving = {id(p) for _, layer, adapter in held for p in adapter.trained(layer)}
     sizes = {id(p): a.grown_from for _, layer, a in held for p in layer.parameters(recurse=False)}

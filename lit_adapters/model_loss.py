@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lit_adapters.adapters import adapters_of
@@ -156,7 +157,8 @@ def obstacle(model: nn.Module) -> str | None:
         return "the output head has hooks, which may change what it computes"
     if head._backward_hooks or head._backward_pre_hooks:
         return "the output head has backward hooks, which would not run"
-    plain = (nn.Parameter, FakeTensor)  # the other one in an estimate
+    # The others: in an estimate, and sharded (it is whole whenever it is read).
+    plain = (nn.Parameter, FakeTensor, Tensor, DTensor)
     if any(type(p) not in plain for p in head.parameters(recurse=False)):
         return f"the output head's weight is a {type(head.weight).__name__}, not a plain tensor"
     return None

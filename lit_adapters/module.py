@@ -5,7 +5,7 @@ from inspect import signature
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -44,6 +44,7 @@ from lit_adapters.optim import (
 )
 from lit_adapters.optim.schedule import Decay
 from lit_adapters.packed_rows import keep_rows_apart
+from lit_adapters.portable_states import make_portable
 from lit_adapters.precision import base_dtype, careful, compute_dtype
 from lit_adapters.quantization import Kind, Quantization
 from lit_adapters.recompute import Policy, recompute_activations, recompute_every
@@ -53,6 +54,15 @@ from lit_adapters.saved_settings import (
     quantization_to_plain,
     spec_from_plain,
     spec_to_plain,
+)
+from lit_adapters.sharding import (
+    average_gradients,
+    clips_itself,
+    gradient_norm,
+    inside,
+    is_sharded,
+    shard,
+    spread_over_all,
 )
 from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
@@ -195,8 +205,15 @@ class AdapterFineTuneModule(LightningModule):
         self.adapter.teach(self._tokenizer)
         return self._tokenizer
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Say how FSDP2 spreads the model, while that can be said; bring no callback."""
+        spread_over_all(self.trainer.strategy)
+        return []
+
     def configure_model(self) -> None:
-        """Load the base, attach the adapter, run an `InitAdapters` callback; once."""
+        """Load the base, attach the adapter, run an `InitAdapters` callback, shard it; once."""
+        if self._trainer is not None:
+            make_portable(self)
         if self._built:
             return
         if self.base is not None:
@@ -220,6 +237,9 @@ class AdapterFineTuneModule(LightningModule):
             if isinstance(callback, InitAdapters):
                 callback.initialise(self, self.model)
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
+        if self._trainer is not None:
+            self._sizes = footprint(self.model)
+            self.model = shard(self.model, self._trainer.strategy)
         self._built = True
 
     def _apply(
@@ -241,8 +261,12 @@ class AdapterFineTuneModule(LightningModule):
             count_correct: Whether to count the tokens that the model ranks first.
         """
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return self.model_loss(
-            self.model, {**inputs, "use_cache": False}, batch["labels"], count_correct
+        labels = batch["labels"]
+        return inside(
+            self.model,
+            lambda model: self.model_loss(
+                model, {**inputs, "use_cache": False}, labels, count_correct
+            ),
         )
 
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -260,7 +284,7 @@ class AdapterFineTuneModule(LightningModule):
         self._searching = False
         self.window = TokenWindow()
         warn_if_rounded(self.model)
-        sizes = footprint(self.model)
+        sizes = self._sizes if is_sharded(self.trainer.strategy) else footprint(self.model)
         self._log_once(
             {
                 "parameters/trainable": sizes.trainable,
@@ -302,6 +326,7 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into the mean over the window's trained tokens, then log."""
+        average_gradients(self.model)
         if self._searching:
             return
         nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
@@ -314,7 +339,7 @@ class AdapterFineTuneModule(LightningModule):
         ]
         check_gradients(gradients)
         torch._foreach_mul_(gradients, divided / count)
-        loss, norm = nll / tokens, nn.utils.get_total_norm(gradients)
+        loss, norm = nll / tokens, gradient_norm(self.model, gradients)
         left_out = [
             guard.leaves_out(self.trainer, loss, norm, count)
             for guard in self.trainer.callbacks  # type: ignore[attr-defined]
@@ -328,6 +353,18 @@ class AdapterFineTuneModule(LightningModule):
         self.log("train/tokens_per_second", rate, prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
         self.log("memory/peak_mb", peak_bytes(self.device) / 1e6)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip; by norm under FSDP1 through its root, for no rank knows the norm by itself."""
+        if gradient_clip_val and clips_itself(self.model) and gradient_clip_algorithm != "value":
+            cast(Any, self.model).clip_grad_norm_(float(gradient_clip_val))
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(
         self,
@@ -454,10 +491,18 @@ class AdapterFineTuneModule(LightningModule):
             batch_idx: Its number.
         """
         if isinstance(batch, Mapping):
-            return cast(list[Row], answer(self.model, self.tokenizer, batch, self.max_new_tokens))
+            return inside(
+                self.model,
+                lambda model: answer(model, self.tokenizer, batch, self.max_new_tokens),
+            )
         prompts = [row["prompt_ids"] if "prompt_ids" in row else row["prompt"] for row in batch]
         stop = {token for row in batch for token in row.get("stop_ids", ())}
-        answers = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, stop=stop)
+        answers = inside(
+            self.model,
+            lambda model: generate(
+                model, self.tokenizer, prompts, self.max_new_tokens, stop=stop
+            ),
+        )
         rows = [{k: row[k] for k in row if k not in ("prompt_ids", "stop_ids")} for row in batch]
         return [{**row, "prediction": a} for row, a in zip(rows, answers, strict=True)]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.adapters import Adapter
+from lit_adapters.spread import plain_name, whole_shape
 from lit_adapters.weights import is_plain
 
 
@@ -16,10 +17,27 @@ def frozen_names(model: nn.Module) -> set[str]:
     """Names of the parameters that training never changes: frozen and not part of an adapter."""
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     return {
-        name
+        plain_name(name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad and id(parameter) not in adapters
     }
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what `keep_trained` keeps of the model's state, by name; what is sharded stays so.
+
+    The tensors are the model's own. FSDP1 is not asked for its state: it would gather the base.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if all(plain_name(name) == name for name in parameters):
+        return keep_trained(model, model.state_dict())
+    buffers = {
+        f"{prefix}.{name}": buffer
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return keep_trained(model, {plain_name(n): t for n, t in {**parameters, **buffers}.items()})
 
 
 def keep_trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,19 +75,20 @@ def check_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
-            start = f"{name}."
+            start = f"{plain_name(name)}."
             module.adopt({key[len(start) :] for key in state if key.startswith(start)})
-    expected = keep_trained(model, model.state_dict())
+    expected = trained_tensors(model)
     for key in expected:
         if key not in state:
             raise ValueError(
                 f"the checkpoint lacks {key!r}, which is trained here; was it written with "
                 "another adapter or other targets?"
             )
-        if state[key].shape != expected[key].shape:
+        shape = whole_shape(expected[key])
+        if state[key].shape != shape:
             raise ValueError(
                 f"{key!r} has shape {tuple(state[key].shape)} in the checkpoint and "
-                f"{tuple(expected[key].shape)} here; was it written with another rank or base?"
+                f"{tuple(shape)} here; was it written with another rank or base?"
             )
     unexpected = set(keep_trained(model, state)) - set(expected)
     if unexpected:

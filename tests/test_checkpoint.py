@@ -177,7 +177,7 @@ def test_all_that_a_resume_needs_is_in_the_file(tmp_path, build):
     (optimizer,), (schedule,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     trained = [p for p in module.parameters() if p.requires_grad]
     assert len(optimizer["state"]) == len(trained)
-    assert {"step", "exp_avg", "exp_avg_sq"} <= set(optimizer["state"][0])
+    assert {"step", "exp_avg", "exp_avg_sq"} <= set(next(iter(optimizer["state"].values())))
     assert schedule["last_epoch"] == 3
     assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 3
     assert set(checkpoint["random_state"]) == {"torch", "cuda", "numpy", "python"}

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_adapters.adapters import NewRows
 from lit_adapters.attachment import adapted_layers
-from lit_adapters.fingerprint import fingerprint, same_base
+from lit_adapters.fingerprint import REMEMBERED, fingerprint, same_base
 from lit_adapters.trained_state import check_trained, frozen_names, keep_trained
 
 
@@ -94,7 +94,9 @@ def new_tokens_of(module: nn.Module) -> list[list[str | int]]:
 
 def _fingerprint(trainer: Trainer, module: LightningModule) -> str | None:
     if trainer.strategy.restore_checkpoint_after_setup:  # weights may be sharded: FSDP and the like
-        return None
+        return next(
+            (getattr(m, REMEMBERED) for m in module.modules() if hasattr(m, REMEMBERED)), None
+        )
     base, frozen = nn.Module(), frozen_names(module)
     for name, parameter in module.named_parameters():
         if name in frozen:

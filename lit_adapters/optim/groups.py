@@ -37,7 +37,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_vector = parameter.ndim < 2
+        is_vector = getattr(parameter, "whole_ndim", parameter.ndim) < 2  # FSDP1 flattens all
         is_fast = lr_ratio != 1 and (is_vector or name.rpartition(".")[2] == "lora_B")
         rate = "embedding" if id(parameter) in embedded else "fast" if is_fast else "plain"
         groups.setdefault((is_vector, rate), []).append(parameter)

@@ -1,0 +1,189 @@
+"""Runs cases one after the other, in this process or as one of several ranks (`python train.py`).
+
+A case says what to train and under which strategy; what comes of it goes to a file.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import enable_wrap
+
+import lit_adapters
+from lit_adapters import AdapterFineTuneModule, InstructionDataModule
+from lit_adapters.spread import plain_name, whole
+from tests import models
+from tests.data.word_tokenizer import word_tokenizer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Ragged: answers of 1 to 6 tokens.
+RECORDS = [
+    {"prompt": " ".join(LETTERS[i % 20 : i % 20 + 3]), "completion": " ".join(LETTERS[: 1 + i % 6])}
+    for i in range(24)
+]
+TIMEOUT = timedelta(seconds=120)
+
+
+class CPUFSDPStrategy(FSDPStrategy):
+    """FSDP1 on processors, which Lightning 2.6 refuses: it hands FSDP the number of a device."""
+
+    def _options(self):
+        return {
+            "cpu_offload": self.cpu_offload,
+            "mixed_precision": self.mixed_precision_config,
+            "sharding_strategy": self.sharding_strategy,
+            "device_id": self.root_device,
+            **self.kwargs,
+        }
+
+    def _setup_model(self, model):
+        if not any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+            model = FullyShardedDataParallel(model, **self._options())
+        return model
+
+    @contextmanager
+    def model_sharded_context(self):
+        with enable_wrap(wrapper_cls=FullyShardedDataParallel, **self._options()):
+            yield
+
+
+STRATEGIES = {
+    "single": lambda: "auto",
+    "ddp": lambda: DDPStrategy(timeout=TIMEOUT),
+    "fsdp": lambda: CPUFSDPStrategy(timeout=TIMEOUT),
+    "fsdp2": lambda: ModelParallelStrategy(timeout=TIMEOUT),
+}
+
+
+class Watch(Callback):
+    """Notes each step's loss and norm, and what this rank holds of the base."""
+
+    def __init__(self):
+        self.loss, self.norm, self.held = [], [], 0
+
+    def on_train_start(self, trainer, module):
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in module.parameters()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in local}
+        self.held = sum(storage.nbytes() for storage in storages.values())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        logged = trainer.callback_metrics
+        if len(self.loss) < trainer.global_step:
+            self.loss.append(float(logged["train/loss"]))
+            self.norm.append(float(logged["train/grad_norm"]))
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.05)
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+
+
+def built(text):
+    """Such as ``LoRA(rank=4)``."""
+    return eval(text, {name: getattr(lit_adapters, name) for name in lit_adapters.__all__})
+
+
+def run(case):
+    """Train as the case says; return what is to be compared."""
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    seed_everything(0, verbose=False)
+    base = getattr(models, case.get("model", "llama"))()
+    base.to(getattr(torch, case.get("dtype", "float32")))
+    settings = case.get("settings", {})
+    module = AdapterFineTuneModule(
+        base,
+        built(case.get("adapter", "LoRA(rank=4)")),
+        tokenizer=word_tokenizer(),
+        optimizer=OPTIMIZERS[case.get("optimizer", "adamw")],
+        lr_scheduler="constant",
+        warmup=0.0,
+        max_new_tokens=3,
+        **settings,
+    )
+    data = InstructionDataModule(
+        str(write_records(Path(case["folder"]))),
+        tokenizer=word_tokenizer(),
+        val_size=7,
+        batch_size=case.get("batch_size", 4) // devices // case.get("trainer", {}).get("accumulate_grad_batches", 1),
+        group_by_length=False,
+        cache_dir=None,
+        template="none",
+        batching=case.get("batching", "auto"),
+    )
+    watch = Watch()
+    callbacks = [watch, *[built(text) for text in case.get("callbacks", [])]]
+    trainer = Trainer(
+        **{
+            "default_root_dir": case["folder"],
+            "accelerator": "cpu",
+            "devices": devices,
+            "strategy": STRATEGIES[case.get("strategy", "single")](),
+            "logger": False,
+            "max_steps": 3,
+            "max_epochs": 9,
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "callbacks": callbacks,
+            **case.get("trainer", {}),
+        }
+    )
+    trainer.fit(module, data, ckpt_path=case.get("resume"))
+    state = {
+        plain_name(name): whole(p, p).clone()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+    if case.get("save"):
+        trainer.save_checkpoint(case["save"])
+    found = {"loss": watch.loss, "norm": watch.norm, "held": watch.held, "state": state}
+    if case.get("evaluate"):
+        (found["validation"],) = trainer.validate(module, data, verbose=False)
+        found["predictions"] = trainer.predict(module, data)
+    return found
+
+
+def write_records(folder):
+    """Write the data, once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"records-{os.getpid()}.json"
+    path.write_text(json.dumps(RECORDS))
+    return path
+
+
+def main(cases_file, out):
+    """Run all cases; a failure is a result, too."""
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric", "lit_adapters"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    rank = os.environ.get("RANK", "0")
+    for number, case in enumerate(json.loads(Path(cases_file).read_text())):
+        try:
+            found = run(case)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        torch.save(found, Path(out) / f"{number}-{rank}.pt")
+        if "error" in found:
+            print(found["error"], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
