@@ -11,6 +11,7 @@ from torch import nn
 from lit_adapters.adapters import Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.optim import SHADOW
+from lit_adapters.spread import kind_of
 from lit_adapters.weights import has_matrix, is_lookup, is_plain, matrix_shape
 
 PACKED = "packed"  # in place of digests of weights that are not there
@@ -120,7 +121,7 @@ def base_name(model: nn.Module) -> tuple[str | None, str]:
     """
     origin = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not origin:
-        return None, type(model).__name__
+        return None, kind_of(model).__name__
     is_hub_id = origin.count("/") <= 1 and not origin.startswith((".", "/", "~"))
     if is_hub_id and not Path(origin).exists():
         return origin, origin

@@ -12,6 +12,7 @@ from lit_adapters.data.batches import sequences
 from lit_adapters.data.endings import stop_ids_of_tokens
 from lit_adapters.data.tokens import leading_ids
 from lit_adapters.losses import IGNORE
+from lit_adapters.spread import is_spread, most_of_all
 
 
 def generate(
@@ -70,16 +71,22 @@ def generate_from_ids(
     own, model.generation_config = model.generation_config, config
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    together = is_spread(model)  # then a rank without prompts computes with the others
+    count = most_of_all(len(order), model.device) if together else len(order)
     try:
-        for start in range(0, len(order), batch_size):
+        for start in range(0, count, batch_size):
             chosen = order[start : start + batch_size]
-            ids, mask = _pad_left([prompts[i] for i in chosen], config.pad_token_id, model.device)
+            rows = [prompts[i] for i in chosen] or [[config.pad_token_id]]
+            ids, mask = _pad_left(rows, config.pad_token_id, model.device)
             with torch.no_grad():
                 tokens = cast(Any, model).generate(
-                    input_ids=ids, attention_mask=mask, generation_config=config
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    synced_gpus=together,
                 )
             texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
+            for i, text in zip(chosen, texts[: len(chosen)], strict=True):
                 answers[i] = text
             if progress is not None:
                 progress(len(chosen))

@@ -20,6 +20,7 @@ from lit_adapters.weights import as_matrix, matrix_shape
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # mean over tokens, number of tokens
 Consume = Callable[[Adapted, Tensor], None]
 Take = Callable[[Adapted, Tensor, int], None]
+Reduce = Callable[[Tensor], Tensor]
 
 LOSS_SCALE = 1024.0  # keeps fp16 gradients from vanishing; a power of two changes no bit elsewhere
 
@@ -52,6 +53,7 @@ def each_gradient(
     consume: Consume,
     loss: Loss = mean_loss,
     gradient_bytes: int | None = None,
+    reduce: Reduce | None = None,
 ) -> None:
     """Call ``consume(one, gradient)`` for each adapted layer, on the frozen base alone.
 
@@ -74,6 +76,8 @@ def each_gradient(
         loss: Returns the mean loss of a batch and its trained tokens; 0 leaves the batch out.
         gradient_bytes: Host memory for the sums; more takes one pass over the batches for each
             group of layers that fits, of one layer at least. None is no limit.
+        reduce: Returns the sum of a tensor over all ranks, each of which calls this with batches
+            of its own: the gradient is then that of all their tokens. None if this is the only one.
 
     Raises:
         ValueError: if there is no batch or no trained token, or a layer has no gradient.
@@ -86,10 +90,10 @@ def each_gradient(
         _check_differentiable(one)
     with at_rest(model), bypassed(model), torch.inference_mode(False):  # gradients on as well
         remaining = list(adapted)
-        if len(seen) == 1:
+        if len(seen) == 1 and reduce is None:
             remaining = _hand_over_at_once(model, remaining, seen[0], consume, loss)
         for group in _groups(remaining, gradient_bytes):
-            _hand_over_means(model, group, seen, consume, loss)
+            _hand_over_means(model, group, seen, consume, loss, reduce)
 
 
 @contextmanager
@@ -181,7 +185,12 @@ def _hand_over_at_once(
 
 
 def _hand_over_means(
-    model: nn.Module, group: list[Adapted], batches: list[Any], consume: Consume, loss: Loss
+    model: nn.Module,
+    group: list[Adapted],
+    batches: list[Any],
+    consume: Consume,
+    loss: Loss,
+    reduce: Reduce | None,
 ) -> None:
     sums: dict[str, Tensor] = {}
 
@@ -192,10 +201,15 @@ def _hand_over_means(
             sums[one.name] = gradient.cpu() * tokens
 
     total = sum(_backward(model, group, batch, add, loss) for batch in batches)
+    if reduce is not None:
+        device = next(group[0].layer.parameters()).device
+        total = int(reduce(torch.tensor(total, device=device)))
+        for one in group:  # a rank may have no token, or none for this expert of a mixture
+            sums.setdefault(one.name, torch.zeros(matrix_shape(one.layer)))
     _check_complete(total, group, sums)
     for one in group:
-        mean = sums.pop(one.name).div_(total)
-        consume(one, mean.to(one.layer.get_parameter("weight").device))
+        summed = sums.pop(one.name).to(one.layer.get_parameter("weight").device)
+        consume(one, (summed if reduce is None else reduce(summed)).div_(total))
 
 
 def _backward(model: nn.Module, adapted: list[Adapted], batch: Any, take: Take, loss: Loss) -> int:

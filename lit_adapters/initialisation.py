@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lit_adapters.adapters import METHOD, Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.dense_weights import DenseWeights, Matrices, in_fp32
-from lit_adapters.gradients import Loss, each_gradient, mean_loss
+from lit_adapters.gradients import Loss, Reduce, each_gradient, mean_loss
 from lit_adapters.initialisers import Initialiser, RewritesBase, named_generator
 from lit_adapters.remainders import digest_of, with_taken
 from lit_adapters.weights import is_plain, requantise
@@ -25,6 +25,7 @@ def initialise(
     gradient_bytes: int | None = None,
     progress: Callable[[str], None] | None = None,
     weights: Matrices | None = None,
+    reduce: Reduce | None = None,
 ) -> list[str]:
     """Give every adapter of ``model`` the start that ``initialiser`` computes, in place.
 
@@ -40,6 +41,8 @@ def initialise(
         progress: Called with the name of each layer that is done.
         weights: For an initialiser that writes a quantised base: gives a layer's matrix (out, in)
             as it was before, by the layer's name. None reads the files that the model came from.
+        reduce: Returns the sum of a tensor over all ranks, if several take gradients together, each
+            on batches of its own.
 
     Returns:
         The names of the initialised layers.
@@ -79,7 +82,7 @@ def initialise(
             for one in adapted:
                 if type(one.adapter).start is Adapter.start:
                     start(one)  # raises now, and not after the passes over the batches
-            each_gradient(model, adapted, batches or (), start, loss, gradient_bytes)
+            each_gradient(model, adapted, batches or (), start, loss, gradient_bytes, reduce)
     return [name for name, *_ in adapted]
 
 

@@ -17,6 +17,7 @@ from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
+from lit_adapters.callbacks.load_check import remember_base
 from lit_adapters.callbacks.spikes import SpikeGuard
 from lit_adapters.evaluation import EvaluationSums
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
@@ -238,7 +239,9 @@ class AdapterFineTuneModule(LightningModule):
                 callback.initialise(self, self.model)
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
         if self._trainer is not None:
-            self._sizes = footprint(self.model)
+            if is_sharded(self._trainer.strategy):
+                self._sizes = footprint(self.model)
+                remember_base(self)
             self.model = shard(self.model, self._trainer.strategy)
         self._built = True
 
@@ -499,9 +502,7 @@ class AdapterFineTuneModule(LightningModule):
         stop = {token for row in batch for token in row.get("stop_ids", ())}
         answers = inside(
             self.model,
-            lambda model: generate(
-                model, self.tokenizer, prompts, self.max_new_tokens, stop=stop
-            ),
+            lambda model: generate(model, self.tokenizer, prompts, self.max_new_tokens, stop=stop),
         )
         rows = [{k: row[k] for k in row if k not in ("prompt_ids", "stop_ids")} for row in batch]
         return [{**row, "prediction": a} for row, a in zip(rows, answers, strict=True)]

@@ -81,7 +81,9 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     named = [(n, m) for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
     inner = {id(m) for _, layer in named for m in layer.modules() if m is not layer}
-    outermost = [(name, layer) for name, layer in named if id(layer) not in inner]
+    outermost: list[tuple[str, nn.Module]] = [
+        (name, layer) for name, layer in named if id(layer) not in inner
+    ]
     if outermost:
         return outermost
     for name, module in model.named_modules():
@@ -102,6 +104,13 @@ def _wrap(model: nn.Module, strategy: FSDPStrategy) -> nn.Module:
             "base, so they are small, and resume under any strategy"
         )
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    copies = [adapter for adapter in adapters if adapter.stands_in]
+    if copies:
+        raise ValueError(
+            f"{copies[0].spec.name} puts trained copies in the place of a layer's own weights, "
+            "where FSDP puts what it has gathered, so they would not be trained. Take FSDP2 "
+            "(strategy=ModelParallelStrategy()) or DDP, or leave out bias and modules_to_save"
+        )
     replicated = [p for adapter in adapters for p in adapter.parameters()]
     for adapter in adapters:
         adapter.to(strategy.root_device)  # FSDP moves what it shards

@@ -1,14 +1,16 @@
 """Tensors that are spread over ranks: the whole from all parts, and a rank's part of a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-WRAPPER = "_fsdp_wrapped_module."  # what FSDP1 puts into the names of what it wraps
+WRAPPER = "_fsdp_wrapped_module"  # what FSDP1 puts into the names of what it wraps
 
 
 class Pieces(NamedTuple):
@@ -24,7 +26,7 @@ class Pieces(NamedTuple):
 
 def plain_name(name: str) -> str:
     """The name of a parameter or module as it was before FSDP1 wrapped anything."""
-    return name.replace(WRAPPER, "")
+    return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -38,7 +40,9 @@ def pieces_of(parameter: Tensor) -> Pieces | None:
     return getattr(parameter, "pieces", None)
 
 
-def note_pieces(parameters: Sequence[nn.Parameter], shapes: Sequence[torch.Size], group: Any) -> None:
+def note_pieces(
+    parameters: Sequence[nn.Parameter], shapes: Sequence[torch.Size], group: Any
+) -> None:
     """Keep on ``parameters``, which FSDP1 has cut, what they were; on all ranks of ``group``."""
     counts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(counts, [p.numel() for p in parameters], group=group)
@@ -88,3 +92,49 @@ def part(tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor
     start = sum(pieces.counts[: dist.get_rank(pieces.group)])
     return tensor.flatten()[start : start + parameter.numel()]
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it was before it became a unit."""
+    if isinstance(module, FullyShardedDataParallel):
+        return type(module.module)
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether every rank must take part whenever ``model`` computes."""
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def most_of_all(count: int, device: torch.device) -> int:
+    """Return the largest ``count`` of any rank; every rank calls it."""
+    largest = torch.tensor(count, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+@contextmanager
+def gathered(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let ``modules`` hold whole parameters of their own, not shards, within the block.
+
+    Every rank enters it. Nothing is computed meanwhile, and what is written is lost.
+    """
+    held = [
+        (module, name, parameter)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, DTensor) or (parameter is not None and pieces_of(parameter))
+    ]
+    once: dict[int, nn.Parameter] = {}  # tied ones
+    for _, _, parameter in held:
+        if id(parameter) not in once:
+            copy = whole(parameter, parameter).cpu()
+            once[id(parameter)] = nn.Parameter(copy, parameter.requires_grad)
+    try:
+        for module, name, parameter in held:
+            module._parameters[name] = once[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter

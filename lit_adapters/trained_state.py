@@ -40,6 +40,19 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return keep_trained(model, {plain_name(n): t for n, t in {**parameters, **buffers}.items()})
 
 
+def trained_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold what training changes: adapters, layers trained themselves."""
+    adapters = [
+        m for module in model.modules() if isinstance(module, Adapter) for m in module.modules()
+    ]
+    trained = [
+        module
+        for module in model.modules()
+        if any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    return list(dict.fromkeys([*adapters, *trained]))
+
+
 def keep_trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``state`` without the frozen parameters and what is derived from them.
 

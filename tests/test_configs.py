@@ -15,7 +15,7 @@ MAIN = CONFIGS / "alpaca_lora.yaml"
 METHODS = sorted(p.stem.removeprefix("alpaca_") for p in CONFIGS.glob("alpaca_*.yaml"))
 OVERLAYS = sorted(
     p.relative_to(CONFIGS).as_posix()
-    for pattern in ("base/*.yaml", "data/*.yaml", "metrics.yaml")
+    for pattern in ("base/*.yaml", "data/*.yaml", "strategy/*.yaml", "metrics.yaml")
     for p in CONFIGS.glob(pattern)
 )
 
@@ -42,6 +42,7 @@ def holds(whole: object, part: object) -> bool:
 def test_there_are_overlays():
     bases = {f"base/{name}.yaml" for name in ("llama3_8b", "qwen3_0_6b", "mistral_7b", "tinyllama")}
     assert bases | {"data/alpaca.yaml", "data/gsm8k.yaml"} <= set(OVERLAYS)
+    assert {f"strategy/{name}.yaml" for name in ("ddp", "fsdp", "fsdp2")} <= set(OVERLAYS)
 
 
 def test_every_method_has_a_config_and_the_settings_of_its_paper():

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from lit_adapters.adapters.fields import shown
 from lit_adapters.data import Prompting
+from lit_adapters.spread import plain_name
 
 PREFIX = "base_model.model."  # of every key in a file; PEFT finds nothing without it
 OWN_TYPE = "LIT_"  # begins each ``peft_type`` that PEFT is to refuse
@@ -194,7 +195,7 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, Adapter):
             inside = f"{name}."
         elif name:
-            found[name] = module
+            found[plain_name(name)] = module
     return found
 
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -229,7 +229,7 @@ class TrainedCopy(Adapter):
     def bias(self, layer: nn.Module) -> Tensor | None:
         """Return the trained bias in the dtype of the frozen one, if there is one."""
         ours = self.own._parameters.get("bias")
-        return None if ours is None else ours.to(layer.get_parameter("bias").dtype)
+        return None if ours is None else ours.to(cast(Tensor, layer.bias).dtype)
 
     def forward(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

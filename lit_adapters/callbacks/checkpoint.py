@@ -23,7 +23,13 @@ from lit_adapters.callbacks.loops import (
 from lit_adapters.callbacks.stopping import Stopping, here
 from lit_adapters.io import save_adapter
 from lit_adapters.prompting import NOTE, from_note, prompting_of, set_prompting, to_note
-from lit_adapters.trained_state import keep_trained, random_state, set_random_state
+from lit_adapters.spread import gathered
+from lit_adapters.trained_state import (
+    keep_trained,
+    random_state,
+    set_random_state,
+    trained_modules,
+)
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -314,7 +320,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _write_folder(self, trainer: Trainer) -> None:
         roots = adapted_children(trainer.lightning_module)
         folder = Path(str(self.dirpath)) / "adapter"
-        if trainer.is_global_zero:
-            for name, root in roots.items():
-                save_adapter(root, folder if len(roots) == 1 else folder / name)
+        for name, root in roots.items():
+            with gathered(trained_modules(root)):
+                if trainer.is_global_zero:
+                    save_adapter(root, folder if len(roots) == 1 else folder / name)
         self.adapter_path = folder if roots else None

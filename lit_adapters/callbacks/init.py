@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class InitAdapters(Callback):
     `AdapterFineTuneModule` asks for it while it builds its model, before anything is sharded. In
     any other LightningModule it acts in `setup` on adapters attached in ``__init__``. Skipped when
     the run resumes from a checkpoint that is known by then; where it is not, the checkpoint
-    overwrites the start. Several devices start from what the first one finds.
+    overwrites the start. Several devices take gradients on the batches of all, and start from what
+    the first one computes of them.
 
     An initialiser that reads gradients gets the first training batches of the trainer's own data.
     Their loss is the module's ``nll(batch)`` (summed loss, trained tokens) if it has that method,
@@ -131,6 +133,9 @@ class InitAdapters(Callback):
                     loss=loss,
                     gradient_bytes=self.gradient_bytes,
                     progress=done,
+                    reduce=partial(trainer.strategy.reduce, reduce_op="sum")
+                    if trainer.world_size > 1
+                    else None,
                 )
 
     def _report(self, trainer: Trainer, adapters: Sequence[Adapter], seconds: float) -> None:

@@ -9,8 +9,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_adapters.adapters import NewRows
 from lit_adapters.attachment import adapted_layers
-from lit_adapters.fingerprint import REMEMBERED, fingerprint, same_base
+from lit_adapters.fingerprint import fingerprint, same_base
 from lit_adapters.trained_state import check_trained, frozen_names, keep_trained
+
+WHOLE = "whole_base_fingerprint"  # attribute of a module whose model is sharded
 
 
 class LoadCheck:
@@ -94,9 +96,16 @@ def new_tokens_of(module: nn.Module) -> list[list[str | int]]:
 
 def _fingerprint(trainer: Trainer, module: LightningModule) -> str | None:
     if trainer.strategy.restore_checkpoint_after_setup:  # weights may be sharded: FSDP and the like
-        return next(
-            (getattr(m, REMEMBERED) for m in module.modules() if hasattr(m, REMEMBERED)), None
-        )
+        return getattr(module, WHOLE, None)
+    return _of_frozen(module)
+
+
+def remember_base(module: nn.Module) -> None:
+    """Take the fingerprint of the base of ``module``, which is about to be sharded."""
+    setattr(module, WHOLE, _of_frozen(module))
+
+
+def _of_frozen(module: nn.Module) -> str:
     base, frozen = nn.Module(), frozen_names(module)
     for name, parameter in module.named_parameters():
         if name in frozen:

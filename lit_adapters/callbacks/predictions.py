@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from lit_adapters.callbacks.sample_files import write_json, write_whole
 from lit_adapters.data import PromptLoader
 from lit_adapters.fingerprint import fingerprint, sampled
 from lit_adapters.metrics import Answer, ExactMatch, TextMetric, score, score_by_task
-from lit_adapters.trained_state import keep_trained
+from lit_adapters.spread import whole
+from lit_adapters.trained_state import trained_tensors
 
 SAMPLES = 4096  # values of each trained tensor that tell one training from another
 
@@ -142,15 +142,11 @@ def _key(trainer: Trainer, pl_module: LightningModule, loader: PromptLoader) -> 
     """Return a digest of all that predictions depend on."""
     model: Any = pl_module.model
     digest = hashlib.sha256(fingerprint(model).encode())
-    for name, tensor in keep_trained(model, _local(model.state_dict())).items():
-        digest.update(name.encode() + sampled(tensor, SAMPLES).float().numpy().tobytes())
+    for name, tensor in trained_tensors(model).items():
+        sample = sampled(whole(tensor, tensor), SAMPLES)
+        digest.update(name.encode() + sample.float().numpy().tobytes())
     settings = (pl_module.max_new_tokens, trainer.limit_predict_batches, str(trainer.precision))
     examples = [(e.task, e.prompt, e.response) for e in loader.examples]
     read = (list(loader.ids), loader.stop)  # as the tokenizer says
     digest.update(json.dumps([settings, examples, read]).encode())
     return digest.hexdigest()
-
-
-def _local(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what this rank holds of sharded tensors."""
-    return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in state.items()}

@@ -30,6 +30,7 @@ from lit_adapters.metrics import (
     exact_match,
     score_by_task,
 )
+from lit_adapters.sharding import inside
 from lit_adapters.trained_state import random_state, set_random_state
 
 
@@ -185,14 +186,17 @@ class SampleGenerations(Callback):
             torch.inference_mode(False),  # what the model keeps of this must serve training too
         ):
             task = bar.add_task(title, total=len(examples))
-            answers = generate(
+            answers = inside(
                 model,
-                tokenizer,
-                prompt_ids(examples, tokenizer),
-                self.max_new_tokens,
-                batch_size=self.batch_size,
-                progress=lambda n: bar.advance(task, n),
-                stop=stop_ids(examples, tokenizer),
+                lambda whole: generate(
+                    whole,
+                    tokenizer,
+                    prompt_ids(examples, tokenizer),
+                    self.max_new_tokens,
+                    batch_size=self.batch_size,
+                    progress=lambda n: bar.advance(task, n),
+                    stop=stop_ids(examples, tokenizer),
+                ),
             )
         set_random_state(state)
         return answers

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import singledispatch
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Size, Tensor, nn
@@ -38,7 +38,8 @@ def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
 
 def stored_matrix(layer: nn.Module) -> Tensor:
     """The layer's matrix ``(out, in)`` in its own dtype, sharing memory with the layer."""
-    return as_matrix(layer, layer.get_parameter("weight"))
+    # No parameter: while FSDP computes, a plain tensor is in its place.
+    return as_matrix(layer, cast(Tensor, layer.weight))
 
 
 @singledispatch
