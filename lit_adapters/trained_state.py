@@ -89,7 +89,15 @@ def check_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             start = f"{plain_name(name)}."
+            before = dict(module.named_parameters())
             module.adopt({key[len(start) :] for key in state if key.startswith(start)})
+            changed = before.keys() ^ dict(module.named_parameters()).keys()
+            if changed and any(hasattr(p, "full_tensor") for p in before.values()):
+                raise ValueError(
+                    f"adapters of the checkpoint start elsewhere than those here ({start}"
+                    f"{sorted(changed)[0]} is in one alone), and what is sharded gets no other "
+                    "parameters; take the InitAdapters callback of the run that wrote it"
+                )
     expected = trained_tensors(model)
     for key in expected:
         if key not in state:

@@ -74,7 +74,8 @@ STRATEGIES = {
 class Watch(Callback):
     """Notes each step's loss and norm, and what this rank holds of the model."""
 
-    def __init__(self):
+    def __init__(self, mutes=False):
+        self.mutes = mutes
         self.loss, self.norm, self.held, self.units = [], [], 0, 0
 
     def on_train_start(self, trainer, module):
@@ -83,6 +84,13 @@ class Watch(Callback):
         self.held = sum(storage.nbytes() for storage in storages.values())
         units = (FullyShardedDataParallel, FSDPModule)
         self.units = sum(isinstance(m, units) for m in module.modules())
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        """Leave nothing to be trained on rank 1, whose examples are every second one, once."""
+        if self.mutes and trainer.global_step == 1 and trainer.world_size == 1:
+            batch["labels"][1::2] = -100
+        elif self.mutes and trainer.global_step == 1 and trainer.global_rank == 1:
+            batch["labels"][:] = -100
 
     def on_train_batch_end(self, trainer, module, *_):
         logged = trainer.callback_metrics
@@ -114,7 +122,13 @@ def run(case):
     seed_everything(0, verbose=False)
     base = getattr(models, case.get("model", "llama"))()
     base.to(getattr(torch, case.get("dtype", "float32")))
-    settings = case.get("settings", {})
+    settings = dict(case.get("settings", {}))
+    if "quantization" in settings:  # happens while a model is loaded
+        settings["quantization"] = built(settings["quantization"])
+        place = Path(case["folder"]) / "base"
+        if devices == 1:  # which runs before several do
+            base.save_pretrained(place)
+        base = str(place)
     module = AdapterFineTuneModule(
         base,
         built(case.get("adapter", "LoRA(rank=4)")),
@@ -135,7 +149,7 @@ def run(case):
         template="none",
         batching=case.get("batching", "auto"),
     )
-    watch = Watch()
+    watch = Watch(case.get("mutes", False))
     callbacks = [watch, *[built(text) for text in case.get("callbacks", [])]]
     if "keep" in case:
         callbacks.append(AdapterCheckpoint(case["keep"], every_n_train_steps=1))
