@@ -5,7 +5,7 @@ estimate`` does; the speed is measured in real steps of that batch, sequences fu
 """
 
 import time
-from functools import cache, partial
+from functools import partial
 from statistics import median
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.data.batches import collate
 from lit_adapters.data.tokens import Tokens
-from lit_adapters.estimate.estimation import estimate, largest_batch
+from lit_adapters.estimate.estimation import largest_batch, peaks_of
 from lit_adapters.estimate.rehearsal import Rehearsal
 from lit_adapters.estimate.shapes import Training
 from lit_adapters.module import AdapterFineTuneModule
@@ -38,8 +38,8 @@ class Clock(Callback):
 def fitting_batch(adapter: AdapterSpec, memory: int) -> int:
     """Return the largest batch whose step needs at most ``memory`` bytes; 0 if there is none."""
     training = Training(AdapterFineTuneModule("tiny", adapter), 8, LENGTH, clip=True)
-    found = cache(partial(estimate, Rehearsal(training)))
-    return largest_batch(lambda size: found(size).peak, memory, 8)
+    rehearsal = Rehearsal(training)
+    return largest_batch(partial(peaks_of, rehearsal), memory, 8, rehearsal.farthest)
 
 
 def speed(adapter: AdapterSpec, batch_size: int) -> float:
