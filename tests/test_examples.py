@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_adapters.estimate import estimate
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -122,4 +124,4 @@ def test_the_largest_batch_of_a_memory_is_the_estimates_and_is_really_trained(
 def peak(memory, adapter, size):
     module = memory.AdapterFineTuneModule("tiny", adapter)
     training = memory.Training(module, size, memory.LENGTH, clip=True)
-    return memory.estimate(memory.Rehearsal(training)).peak
+    return estimate(memory.Rehearsal(training)).peak
