@@ -36,6 +36,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
+from rich.console import Console
 from rich.progress import Progress
 
 RANKS = (1, 4, 8, 16, 64)
@@ -350,7 +351,7 @@ def main() -> None:
         budgets = [one for one in budgets if place(options.out, "memory", *one).exists()]
     with (
         ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool,
-        Progress() as bar,
+        Progress(console=Console(stderr=True)) as bar,
     ):
         task = bar.add_task("runs", total=len(work) + len(budgets))
         waiting = [
