@@ -86,7 +86,7 @@ def part(tensor: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
         placed = tensor.to(mesh.device_type)
-        return distribute_tensor(placed, mesh, parameter.placements, src_data_rank=None)
+        return distribute_tensor(placed, mesh, parameter.placements)
     pieces = pieces_of(parameter)
     if pieces is None:
         return tensor

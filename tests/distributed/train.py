@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lit_adapters
 import lit_adapters.module
@@ -67,6 +68,13 @@ STRATEGIES = {
     "single": lambda: "auto",
     "ddp": lambda: DDPStrategy(timeout=TIMEOUT),
     "fsdp": lambda: CPUFSDPStrategy(timeout=TIMEOUT),
+    "fsdp, own units": lambda: CPUFSDPStrategy(
+        auto_wrap_policy={LlamaDecoderLayer}, timeout=TIMEOUT
+    ),
+    "fsdp, SHARD_GRAD_OP": lambda: CPUFSDPStrategy(
+        sharding_strategy="SHARD_GRAD_OP", timeout=TIMEOUT
+    ),
+    "fsdp, NO_SHARD": lambda: CPUFSDPStrategy(sharding_strategy="NO_SHARD", timeout=TIMEOUT),
     "fsdp2": lambda: ModelParallelStrategy(timeout=TIMEOUT),
 }
 
