@@ -213,7 +213,8 @@ class AdapterFineTuneModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the base, attach the adapter, run an `InitAdapters` callback, shard it; once."""
-        if self._trainer is not None:
+        strategy = getattr(self._trainer, "strategy", None)
+        if strategy is not None:
             make_portable(self)
         if self._built:
             return
@@ -238,11 +239,10 @@ class AdapterFineTuneModule(LightningModule):
             if isinstance(callback, InitAdapters):
                 callback.initialise(self, self.model)
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
-        if self._trainer is not None:
-            if is_sharded(self._trainer.strategy):
-                self._sizes = footprint(self.model)
-                remember_base(self)
-            self.model = shard(self.model, self._trainer.strategy)
+        if is_sharded(strategy):
+            self._sizes = footprint(self.model)
+            remember_base(self)
+        self.model = shard(self.model, strategy)
         self._built = True
 
     def _apply(

@@ -41,7 +41,7 @@ def spread_over_all(strategy: Strategy) -> None:
         strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
 
 
-def shard(model: Any, strategy: Strategy) -> Any:
+def shard(model: Any, strategy: Strategy | None) -> Any:
     """Return ``model``, adapted and initialised, spread over the devices of ``strategy``.
 
     Each decoder layer is a unit, and the rest is one. Under FSDP2 adapters are sharded with their
