@@ -116,7 +116,8 @@ SLOW = {
     for clip in (False, True)
     for recompute in (False, True)
     for chosen in [(f"bf16={bf16}", f"x{accumulate}", f"clip={clip}", f"recompute={recompute}")]
-    if not (bf16 and method == "full")  # it warns that steps are lost in rounding
+    # Full warns that steps are lost in rounding; the SVD of LoRA-GA enlarges it (to 2e-3).
+    if not (bf16 and method in ("full", "lora_ga"))
 }
 
 
