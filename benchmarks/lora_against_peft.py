@@ -1,4 +1,4 @@
-"""LoRA beside PEFT on one model: training step, attach, save, load; ratios from one run.
+"""LoRA beside PEFT on one model: training step, its peak, attach, save, load; ratios of one run.
 
     python benchmarks/lora_against_peft.py [--hidden 512 --layers 8 --rounds 15 --json]
 
@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_adapters import LoRA, attach, load_adapter, save_adapter
@@ -99,6 +100,34 @@ def row(name: str, seconds: dict[str, list[float]]) -> dict[str, float | str]:
     }
 
 
+def peak(model: nn.Module, ids: Tensor) -> float:
+    """Bytes above the model at the peak of a step, by the allocator's events."""
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())])
+    return held.cumsum(0).max().item()
+
+
+def peaks(
+    bare: nn.Module, ids: Tensor, dtype: torch.dtype, dropout: float
+) -> dict[str, float | str]:
+    both = []
+    for make in (with_ours, with_peft):
+        model = make(copy.deepcopy(bare).to(dtype), dropout)
+        for parameter in trained(model):
+            parameter.data = parameter.data.float()
+        both.append(peak(model, ids) / 1e6)
+    name = f"peak of a step above the model, {str(dtype)[6:]}, dropout {dropout}"
+    return {"work": name, "ratio": round(both[0] / both[1], 3), "ours, MB": round(both[0], 1)}
+
+
 def same_numbers(ours: nn.Module, theirs: nn.Module, ids: Tensor) -> dict[str, float]:
     """Copy our factors across, then compare loss and gradients."""
     mine = {n.replace("adapter.", ""): p for n, p in ours.named_parameters() if p.requires_grad}
@@ -144,6 +173,11 @@ def main() -> None:
     rows.append(
         row("A/A: ours against ours", race(dict(zip("AB", twice, strict=True)), options.rounds))
     )
+    held = [
+        peaks(bare, ids, dtype, dropout)
+        for dtype in (torch.float32, torch.bfloat16)
+        for dropout in (0.0, 0.05)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         mine, other = Path(folder) / "ours", Path(folder) / "peft"
         save = {
@@ -166,21 +200,27 @@ def main() -> None:
         rows.append(
             row("load", race(load, options.rounds, lambda: fresh.append(copy.deepcopy(bare))))
         )
-    report(parity, rows, options.json)
+    report(parity, rows, held, options.json)
 
 
-def report(parity: dict[str, float], rows: list[dict[str, float | str]], as_json: bool) -> None:
+Rows = list[dict[str, float | str]]
+
+
+def report(parity: dict[str, float], rows: Rows, held: Rows, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"parity": parity, "rows": rows}, indent=2))
+        print(json.dumps({"parity": parity, "rows": rows, "memory": held}, indent=2))
         return
     console = Console()
     console.print({name: f"{value:.1e}" for name, value in parity.items()})
-    table = Table(title=f"lit_adapters / PEFT {peft.__version__}, torch {torch.__version__}, CPU")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "work" else "right")
-    for entry in rows:
-        table.add_row(*map(str, entry.values()))
-    console.print(table)
+    for entries in (rows, held):
+        table = Table(
+            title=f"lit_adapters / PEFT {peft.__version__}, torch {torch.__version__}, CPU"
+        )
+        for column in entries[0]:
+            table.add_column(column, justify="left" if column == "work" else "right")
+        for entry in entries:
+            table.add_row(*map(str, entry.values()))
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,6 @@ class InstructionDataModule(LightningDataModule):
         self._store = TokenStore(self.corpus, cache_dir)
         self._given = {"template": None if template == "auto" else template,
                        "task_prompt": task_prompt}  # fmt: skip
-        self._asked: Prompting | None = None  # as training is, once it began
         self._recorded: Prompting | None = None  # what loaded adapters said
         self._padding_explained = False
 
@@ -209,8 +208,7 @@ class InstructionDataModule(LightningDataModule):
         """Return the shuffled training batches of this device."""
         tokens = self._fitting("train")
         if self._module is not None:
-            self._asked = self.corpus.resolved(self._load_tokenizer()).with_text()
-            set_prompting(self._module, self._asked)
+            set_prompting(self._module, self.corpus.resolved(self._load_tokenizer()).with_text())
         if self.streaming:
             return self._train_stream()
         order = TrainOrder(
@@ -252,7 +250,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _ask_as_trained(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Ask adapters that were loaded as in their training, where these settings say nothing."""
-        if self._module is None or self._asked is not None:
+        if self._module is None:
             return
         recorded = prompting_of(self._module)
         if recorded == self._recorded:

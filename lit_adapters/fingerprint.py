@@ -99,7 +99,8 @@ def spaced(length: int, count: int) -> torch.Tensor:
     """Return ``count`` indices from 0 to ``length - 1``, evenly spaced (all of them if fewer)."""
     count = min(count, length)
     exact = [i * (length - 1) // max(1, count - 1) for i in range(count)]  # no float32
-    return torch.tensor(exact, dtype=torch.int64)
+    with torch.inference_mode(False):  # it is kept
+        return torch.tensor(exact, dtype=torch.int64)
 
 
 def same_base(one: str, other: str) -> bool:

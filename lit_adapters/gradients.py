@@ -204,8 +204,11 @@ def _hand_over_means(
     if reduce is not None:
         device = next(group[0].layer.parameters()).device
         total = int(reduce(torch.tensor(total, device=device)))
-        for one in group:  # a rank may have no token, or none for this expert of a mixture
-            sums.setdefault(one.name, torch.zeros(matrix_shape(one.layer)))
+        # A rank may have no token, or none for this expert of a mixture.
+        found = torch.tensor([one.name in sums for one in group], dtype=torch.int64, device=device)
+        for one, ranks in zip(group, reduce(found).tolist(), strict=True):
+            if ranks:
+                sums.setdefault(one.name, torch.zeros(matrix_shape(one.layer)))
     _check_complete(total, group, sums)
     for one in group:
         summed = sums.pop(one.name).to(one.layer.get_parameter("weight").device)

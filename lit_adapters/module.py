@@ -58,6 +58,7 @@ from lit_adapters.saved_settings import (
 )
 from lit_adapters.sharding import (
     average_gradients,
+    check_optimizer,
     clips_itself,
     gradient_norm,
     inside,
@@ -163,7 +164,6 @@ class AdapterFineTuneModule(LightningModule):
         self._adapters_checked = False
         self._move_checked = False
         self._optimizer_logged = False
-        self._searching = False  # is Lightning's learning-rate finder at work, on its own schedule?
         self.window = TokenWindow()
         self.evaluated = EvaluationSums()
         # Adapter-only checkpoints leave the base out on purpose; `check_trained` is the strict one.
@@ -284,7 +284,6 @@ class AdapterFineTuneModule(LightningModule):
         self._adapters_checked = False
         self._move_checked = False
         self._optimizer_logged = False
-        self._searching = False
         self.window = TokenWindow()
         warn_if_rounded(self.model)
         sizes = self._sizes if is_sharded(self.trainer.strategy) else footprint(self.model)
@@ -400,6 +399,7 @@ class AdapterFineTuneModule(LightningModule):
         """Build the optimizer over the trainable parameters, and its schedule."""
         groups = parameter_groups(self.model, self.lora_plus_ratio, self.embedding_lr)
         optimizer = self.optimizer_factory(groups)
+        check_optimizer(optimizer, self.trainer.strategy)
         if self.learning_rate is not None:
             set_rate(optimizer, self.learning_rate)
         hold_ratios(optimizer)
@@ -419,15 +419,20 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Let this run's optimizer settings win over those that a checkpoint restored."""
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        self._searching = any(".tuner." in type(one).__module__ for one in schedulers)
         if self._searching:
             return
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
         set_options(optimizer, self._chosen, schedulers)
         if self.learning_rate is not None and self.learning_rate != self._chosen_rate:
             take_rate(optimizer, self.learning_rate, schedulers)  # found since by a callback
         self._resume_loaders()
+
+    @property
+    def _searching(self) -> bool:
+        """Whether Lightning's learning-rate finder is at work, with a schedule of its own."""
+        schedules = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        return any(".tuner." in type(schedule).__module__ for schedule in schedules)
 
     def _resume_loaders(self) -> None:
         """Let loaders that keep their position go on there.

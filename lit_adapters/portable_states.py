@@ -60,11 +60,18 @@ def _optimizer_state(module: LightningModule, optimizer: Any) -> State:
     """Return the state of an optimizer by names of parameters, with whole tensors."""
     if isinstance(optimizer, LightningOptimizer):
         optimizer = optimizer.optimizer
+    strategy = module.trainer.strategy
+    state: State = (
+        optimizer.state_dict()
+        if is_sharded(strategy)
+        else type(strategy).optimizer_state(strategy, optimizer)  # ZeRO's is on several ranks
+    )
+    if not state:  # of all ranks but one
+        return state
     parameters = dict(_named(module, optimizer))
     names = list(parameters)
-    state = optimizer.state_dict()
     by_name = {names[number]: values for number, values in state["state"].items()}
-    if is_sharded(module.trainer.strategy):
+    if is_sharded(strategy):
         by_name = _gathered(by_name, parameters)
     groups = [
         {**group, "params": [names[number] for number in group["params"]]}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import wrap
+from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_adapters.adapters import Adapter
@@ -68,6 +69,17 @@ def shard(model: Any, strategy: Strategy | None) -> Any:
 def is_sharded(strategy: Strategy | None) -> bool:
     """Whether no rank holds the whole model."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> None:
+    """Raise a ValueError if the state of ``optimizer`` cannot be gathered from shards."""
+    kinds = type(optimizer).__mro__
+    if is_sharded(strategy) and any(k.__module__.startswith("bitsandbytes") for k in kinds):
+        raise ValueError(
+            f"{kinds[0].__name__} of bitsandbytes packs its state, so that no checkpoint could "
+            f"gather it under {type(strategy).__name__}. Take AdamW, whose state is sharded with "
+            "the weights, or DDP"
+        )
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

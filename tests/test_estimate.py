@@ -25,7 +25,7 @@ from lit_adapters import (
 )
 from lit_adapters.__main__ import main
 from lit_adapters.estimate import Rehearsal, Training, estimate, estimation, largest_batch
-from lit_adapters.estimate.command import parse_size
+from lit_adapters.estimate.command import parse_size, sequences_of
 from lit_adapters.estimate.estimation import peaks_of, summary
 from lit_adapters.estimate.memory_trace import CATEGORIES, Peak
 from lit_adapters.estimate.shapes import like
@@ -104,7 +104,9 @@ def build(one: Training):
     """The same for real: module, optimizer and engine."""
     module = like(one.module)
     place = SimpleNamespace(root_device=torch.device("cpu"))
-    module._trainer = SimpleNamespace(precision=one.precision, callbacks=[], strategy=place)
+    module._trainer = SimpleNamespace(
+        precision=one.precision, callbacks=[], strategy=place, lr_scheduler_configs=[]
+    )
     module.configure_model()
     if one.initialiser is not None:
         initialise(module.model, one.initialiser)
@@ -346,3 +348,10 @@ def test_the_table_is_printed_from_outside(config_only):
 def test_wrong_input_is_told_in_a_line(given, message):
     with pytest.raises((ValueError, OSError), match=message):
         main(given)
+
+
+def test_a_batch_that_is_filled_by_tokens_counts_as_its_sequences():
+    data = SimpleNamespace(batch_size=8, batch_tokens=None, max_length=256)
+    assert sequences_of(data) == 8
+    data.batch_tokens = 4097
+    assert sequences_of(data) == 17

@@ -419,12 +419,13 @@ def test_batches_that_train_nothing_are_refused(count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_layer_without_gradient_is_named(count):
+@pytest.mark.parametrize("reduce", [None, lambda sums: sums], ids=["one device", "ranks"])
+def test_a_layer_without_gradient_is_named(count, reduce):
     model = models.llama()
     model.spare = nn.Linear(4, 4)
     attach(model, LoRA(rank=2, targets=["q_proj", "spare"]))
     with pytest.raises(ValueError, match="no gradient reached 1 of 3 .*'spare'.*exclude"):
-        gradients(model, batches(count))
+        gradients(model, batches(count), reduce=reduce)
 
 
 def test_a_loss_without_graph_names_a_layer():

@@ -157,6 +157,15 @@ def test_a_fit_after_a_search_sees_the_packed_or_streamed_data_of_one_without(
     assert equal(found, expected)
 
 
+def test_an_evaluation_after_a_search_is_one(tmp_path, data):
+    trainer, _ = trainer_of(tmp_path)
+    ours, theirs = module(), data()
+    Tuner(trainer).lr_find(ours, datamodule=theirs, num_training=4, update_attr=False)
+    after = trainer.validate(ours, theirs, verbose=False)
+    fresh = trainer_of(tmp_path)[0].validate(module(), data(), verbose=False)
+    assert after[0]["val/loss"] == pytest.approx(fresh[0]["val/loss"], rel=1e-6)
+
+
 def test_what_was_found_is_what_the_fit_uses(tmp_path, data):
     trainer, watch = trainer_of(tmp_path)
     ours, theirs = module(lora_plus_ratio=16.0, lr_scheduler="constant"), data()

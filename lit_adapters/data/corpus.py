@@ -158,6 +158,8 @@ class Corpus:
         held = dict(zip(lacking, held_out_of(self.val_size, sizes), strict=True))
         found = {}
         for source, one in read.items():
+            if self.val_size and held.get(source) == 0:
+                self.log(f"{source}: too small for a validation record of its own")
             splits = complete_splits(one, held.get(source, 0), self.seed)
             train = splits["train"]
             splits["train"] = train.take(range(len(train))[: self.train_limit])

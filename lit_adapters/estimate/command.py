@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
-from math import floor
+from math import ceil, floor
 from typing import Any, Literal
 
 import torch
@@ -118,7 +118,7 @@ def training_of(settings: Any, device: str) -> Training:
               if isinstance(c, GaLore)]  # fmt: skip
     return Training(
         module=settings.model,
-        batch_size=settings.data.batch_size,
+        batch_size=sequences_of(settings.data),
         max_length=settings.data.max_length,
         precision=_convert_precision_to_unified_args(trainer.precision) or "32-true",
         accumulate=trainer.accumulate_grad_batches,
@@ -127,6 +127,13 @@ def training_of(settings: Any, device: str) -> Training:
         initialiser=settings.init.initialiser,
         device=device,
     )
+
+
+def sequences_of(data: Any) -> int:
+    """Sequences of full length in a micro-batch; in one filled by tokens, rounded up."""
+    if data.batch_tokens is None:
+        return int(data.batch_size)
+    return ceil(data.batch_tokens / data.max_length)
 
 
 # --- the alternatives ----------------------------------------------------------------------------

@@ -20,8 +20,8 @@ def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         dropout: Share of the elements of ``x`` that are zeroed; the others grow by
             ``1 / (1 - dropout)``.
     """
-    if not torch.is_grad_enabled() or (not dropout and x.dtype == A.dtype):
-        return F.linear((F.dropout(x, dropout) if dropout else x).to(A.dtype), A)
+    if not dropout and (x.dtype == A.dtype or not torch.is_grad_enabled()):
+        return F.linear(x.to(A.dtype), A)
     product: Tensor = _ThinProduct.apply(x, A, dropout)
     return product
 
@@ -45,8 +45,8 @@ class _ThinProduct(Function):
         if ctx.needs_input_grad[0]:
             to_x = _kept((slope @ A.to(slope.dtype)).to(x.dtype), keep)
         if ctx.needs_input_grad[1]:
-            rows = _kept(x, keep).to(slope.dtype).flatten(0, -2)
-            to_A = (slope.flatten(0, -2).T @ rows).to(A.dtype)
+            rows = _kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
+            to_A = (slope.reshape(-1, len(A)).T @ rows).to(A.dtype)
         return to_x, to_A, None
 
 

@@ -7,7 +7,13 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 
 from lit_adapters import AdapterFineTuneModule, LoRA, attach
-from lit_adapters.sharding import decoder_layers, inside, shard, spread_over_all
+from lit_adapters.sharding import (
+    check_optimizer,
+    decoder_layers,
+    inside,
+    shard,
+    spread_over_all,
+)
 from lit_adapters.spread import plain_name
 from tests.models import BUILDERS, llama, qwen2
 
@@ -133,3 +139,12 @@ def test_a_checkpoint_whose_optimizer_is_numbered_is_refused(tmp_path):
             batches,
             ckpt_path=tmp_path / "numbered.ckpt",
         )
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_optimizers_whose_state_cannot_be_gathered_are_refused(strategy):
+    eight_bit = pytest.importorskip("bitsandbytes").optim.AdamW8bit([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=f"AdamW8bit.*under {strategy.__name__}.*Take AdamW"):
+        check_optimizer(eight_bit, strategy())
+    check_optimizer(eight_bit, DDPStrategy())
+    check_optimizer(torch.optim.AdamW(eight_bit.param_groups[0]["params"]), strategy())
