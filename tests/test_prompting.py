@@ -203,6 +203,19 @@ def test_the_next_adapter_is_asked_in_its_own_way(own_template, base, tmp_path):
     assert starts == ["system", "a", "Below"]
 
 
+def test_an_adapter_that_is_loaded_after_a_fit_is_asked_in_its_own_way(
+    own_template, base, tmp_path
+):
+    data, trainer = data_of(tmp_path / "data"), trainer_of(tmp_path / "fitted")
+    fitted = AdapterFineTuneModule(str(base), LoRA(rank=2), max_new_tokens=2)
+    trainer.fit(fitted, data)
+    starts = []
+    for module in (fitted, loaded(own_template, base), fitted):
+        rows = trainer_of(tmp_path / "fitted").predict(module, data)
+        starts.append(rows[0][0]["prompt"].split()[0])
+    assert starts == ["Below", "system", "Below"]
+
+
 @pytest.mark.parametrize("given", [{"template": "alpaca"}, {"task_prompt": "say it"}])
 def test_what_is_given_to_the_data_module_wins_and_is_said_once(own_template, base, given, caplog):
     module, data = loaded(own_template, base), data_of(own_template, **given)
