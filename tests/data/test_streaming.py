@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from lit_adapters.data import StreamLoader, gathered, mixed, part, read_splits, stream, streaming
 from tests.data.test_tables import ROWS, write_csv
@@ -45,6 +45,27 @@ def test_a_stream_holds_what_reading_the_whole_gives(tmp_path, kind):
     if kind != "saved":  # whose place a stream gives without the split
         assert places(gathered(chunks)) == places(whole)
     assert list(stream(str(file), "test")) == []
+
+
+def test_a_data_set_of_the_hub_is_streamed_and_never_read_ahead(monkeypatch):
+    asked, read = [], []
+
+    def records():
+        for record in RECORDS:
+            read.append(record)
+            yield record
+
+    def load_dataset(name, config, streaming):
+        asked.append((name, config, streaming))
+        return {"train": IterableDataset.from_generator(records)}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    chunks = stream("someone/pairs:small")
+    assert list(next(chunks)) == RECORDS[:4]
+    assert len(read) <= 5
+    assert [record for chunk in chunks for record in chunk] == RECORDS[4:]
+    assert asked == [("someone/pairs", "small", True)]
+    assert list(stream("someone/pairs", "test")) == []
 
 
 def test_a_folder_is_streamed_by_split_and_shard(tmp_path):
