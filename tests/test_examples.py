@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -93,7 +94,10 @@ def study(monkeypatch):
     memory = importlib.import_module("lora_vs_full_memory")
     monkeypatch.setattr(memory, "LENGTH", 32)
     monkeypatch.setattr(memory, "STEPS", 3)
-    return importlib.import_module("lora_vs_full"), memory
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield importlib.import_module("lora_vs_full"), memory
+    logger.setLevel(level)  # the study makes it quiet
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
