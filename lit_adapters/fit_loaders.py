@@ -1,5 +1,8 @@
 """Training batches that begin where a trainer is."""
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 from lightning.pytorch import Trainer
 
 from lit_adapters.data import BatchLoader, StreamLoader
@@ -44,3 +47,15 @@ def _progress(loader: object, trainer: Trainer | None) -> tuple[int, int] | None
     loop = trainer.fit_loop
     epoch = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return epoch, loop.epoch_loop.batch_progress.current.ready
+
+
+def resume_loaders(trainer: Trainer) -> None:
+    """Let loaders that keep their position go on there; called when training starts.
+
+    `configure_optimizers` asks for the number of steps, which makes Lightning 2.6 set the data up
+    before it has read the checkpoint, and not again after.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader_states_to_load:
+        loop._load_combined_loader_states()
+        iter(cast(Iterable[Any], loop._data_fetcher))

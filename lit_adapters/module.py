@@ -1,11 +1,11 @@
-"""The LightningModule: one causal language model, one adapter, one loss."""
+"""The LightningModule that trains: a base, an adapter on it, an optimizer over the adapter."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -19,9 +19,9 @@ from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.callbacks.load_check import remember_base
 from lit_adapters.callbacks.spikes import SpikeGuard
-from lit_adapters.evaluation import EvaluationSums
+from lit_adapters.causal_lm import Batch, CausalLMModule
+from lit_adapters.fit_loaders import resume_loaders
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
-from lit_adapters.generation import answer, generate
 from lit_adapters.guards import (
     PATIENCE,
     check_gradients,
@@ -30,8 +30,7 @@ from lit_adapters.guards import (
     check_tokens,
     warn_if_rounded,
 )
-from lit_adapters.losses import LossKind, TokenLoss
-from lit_adapters.model_loss import ModelLoss
+from lit_adapters.losses import LossKind
 from lit_adapters.optim import (
     fuse,
     hold_ratios,
@@ -61,7 +60,6 @@ from lit_adapters.sharding import (
     check_optimizer,
     clips_itself,
     gradient_norm,
-    inside,
     is_sharded,
     shard,
     spread_over_all,
@@ -69,18 +67,12 @@ from lit_adapters.sharding import (
 from lit_adapters.throughput import TokenWindow
 from lit_adapters.trained_state import check_trained, keep_trained
 
-Batch = Mapping[str, Any]
-Row = dict[str, Any]
-
-# What the model reads of a batch: a padded one has a mask, a packed one positions.
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-
 # Sums over tokens would overflow fp16 gradients. The number of tokens in a window is known only at
 # its end; a power of two near it changes no bit of the result.
 LOSS_UNIT = 1024
 
 
-class AdapterFineTuneModule(LightningModule):
+class AdapterFineTuneModule(CausalLMModule):
     """Fine-tune a Hugging Face causal language model with an adapter.
 
     The base is loaded, adapted and initialised in `configure_model`, before anything is sharded
@@ -116,8 +108,6 @@ class AdapterFineTuneModule(LightningModule):
             ``--trainer.callbacks+=LearningRateFinder``).
     """
 
-    model: PreTrainedModel
-    packing_obstacle: str | None = "the model is not built yet"  # why batches have to be padded
     asks_spike_guard = True  # it knows the mean over tokens of a step, which callbacks do not
 
     def __init__(
@@ -139,7 +129,7 @@ class AdapterFineTuneModule(LightningModule):
         quantization: Kind | Quantization | None = None,
         learning_rate: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(loss, max_new_tokens)
         self.base = base if isinstance(base, str) else None
         if isinstance(base, nn.Module):
             self.model = cast(PreTrainedModel, base)  # once: two names would be saved twice
@@ -155,8 +145,6 @@ class AdapterFineTuneModule(LightningModule):
         self.dtype_of_base: Dtype = dtype
         self.revision = revision
         self.attn_implementation = attn_implementation
-        self.max_new_tokens = max_new_tokens
-        self.model_loss = ModelLoss(loss)
         self.quantization = quantization_from_plain(quantization)
         self.learning_rate = learning_rate
         self._tokenizer = tokenizer
@@ -165,7 +153,6 @@ class AdapterFineTuneModule(LightningModule):
         self._move_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
-        self.evaluated = EvaluationSums()
         # Adapter-only checkpoints leave the base out on purpose; `check_trained` is the strict one.
         self.strict_loading = False
         # Plain types only: a checkpoint is then readable with weights_only=True.
@@ -253,30 +240,6 @@ class AdapterFineTuneModule(LightningModule):
             super()._apply(apply, recurse)
         return self
 
-    # --- the loss --------------------------------------------------------------------------------
-
-    def token_loss(self, batch: Batch, count_correct: bool = False) -> TokenLoss:
-        """Run the model; the one place where the loss is computed.
-
-        Args:
-            batch: ``input_ids``, ``labels`` and either ``attention_mask`` or, if sequences follow
-                each other in one row, ``position_ids``; all (batch, time) int64.
-            count_correct: Whether to count the tokens that the model ranks first.
-        """
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        labels = batch["labels"]
-        return inside(
-            self.model,
-            lambda model: self.model_loss(
-                model, {**inputs, "use_cache": False}, labels, count_correct
-            ),
-        )
-
-    def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the summed negative log likelihood (nats) and the number of trained tokens."""
-        loss = self.token_loss(batch)
-        return loss.nll, loss.tokens
-
     # --- training --------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -321,7 +284,7 @@ class AdapterFineTuneModule(LightningModule):
         divided them by the tokens of the window.
         """
         nll, tokens = self.nll(batch)
-        if self._searching:
+        if self.searching:
             return nll / tokens.clamp(min=1)  # what a search compares must be a mean
         self.window.add(nll.detach(), tokens)
         return nll / LOSS_UNIT
@@ -329,7 +292,7 @@ class AdapterFineTuneModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into the mean over the window's trained tokens, then log."""
         average_gradients(self.model)
-        if self._searching:
+        if self.searching:
             return
         nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
         total, count = torch.stack([nll, tokens]).tolist()  # one wait for the device, not two
@@ -381,7 +344,7 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Once: see that adapters move; log the size of the optimizer's state."""
-        if self._searching:
+        if self.searching:
             if outputs and not outputs["loss"].isfinite():
                 self.trainer.should_stop = True  # larger rates will not do better
             return
@@ -419,98 +382,14 @@ class AdapterFineTuneModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Let this run's optimizer settings win over those that a checkpoint restored."""
-        if self._searching:
+        if self.searching:
             return
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
         set_options(optimizer, self._chosen, schedulers)
         if self.learning_rate is not None and self.learning_rate != self._chosen_rate:
             take_rate(optimizer, self.learning_rate, schedulers)  # found since by a callback
-        self._resume_loaders()
-
-    @property
-    def _searching(self) -> bool:
-        """Whether Lightning's learning-rate finder is at work, with a schedule of its own."""
-        schedules = (config.scheduler for config in self.trainer.lr_scheduler_configs)
-        return any(".tuner." in type(schedule).__module__ for schedule in schedules)
-
-    def _resume_loaders(self) -> None:
-        """Let loaders that keep their position go on there.
-
-        `configure_optimizers` asks for the number of steps, which makes Lightning 2.6 set the data
-        up before it has read the checkpoint, and not again after.
-        """
-        loop = self.trainer.fit_loop
-        if loop._combined_loader_states_to_load:
-            loop._load_combined_loader_states()
-            iter(cast(Iterable[Any], loop._data_fetcher))
-
-    # --- evaluation ------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget an evaluation that was broken off."""
-        self.evaluated = EvaluationSums()
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one batch to the sums of its loader; a search for a learning rate looks at none."""
-        if not self._searching:
-            self.evaluated.add(self.token_loss(batch, count_correct=True), dataloader_idx)
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and token accuracy over all tokens of all ranks."""
-        trainer = self.trainer
-        self._log_evaluation("val", trainer.val_dataloaders, len(trainer.num_val_batches))
-
-    def on_test_epoch_end(self) -> None:
-        """Log loss, perplexity and token accuracy over all tokens of all ranks."""
-        trainer = self.trainer
-        self._log_evaluation("test", trainer.test_dataloaders, len(trainer.num_test_batches))
-
-    def _log_evaluation(self, stage: str, loaders: Any, count: int) -> None:
-        """Log over all loaders; if they are several in a dictionary, over each by its name too."""
-        if self._searching:
-            return
-        sums = self.evaluated.close(self.trainer.strategy.reduce, count)
-        if sums[0].tokens == 0:
-            raise RuntimeError(
-                f"no token of the {stage} split is trained on: every label of its batches is "
-                "-100; look at batch['labels']"
-            )
-        named = ["", *loaders] if isinstance(loaders, Mapping) and count > 1 else [""]
-        for source, (nll, tokens, correct) in zip(named, sums, strict=False):
-            if tokens == 0:  # of a source that limit_val_batches left out
-                continue
-            loss, suffix = nll / tokens, f"/{source}" if source else ""
-            self.log(f"{stage}/loss{suffix}", loss, prog_bar=not source)
-            self.log(f"{stage}/perplexity{suffix}", loss.exp())
-            self.log(f"{stage}/token_accuracy{suffix}", correct / tokens)
-
-    def predict_step(self, batch: Batch | Sequence[Row], batch_idx: int) -> list[Row]:
-        """Answer the prompts of a batch; each result holds prompt, prediction and reference.
-
-        Args:
-            batch: Rows with a ``prompt``, perhaps its ``prompt_ids`` and ``stop_ids`` that end
-                answers beside EOS, which are returned with their ``prediction``; or labelled
-                tokens, whose prompts come before the last answer.
-            batch_idx: Its number.
-        """
-        if isinstance(batch, Mapping):
-            return inside(
-                self.model,
-                lambda model: answer(model, self.tokenizer, batch, self.max_new_tokens),
-            )
-        prompts = [row["prompt_ids"] if "prompt_ids" in row else row["prompt"] for row in batch]
-        stop = {token for row in batch for token in row.get("stop_ids", ())}
-        answers = inside(
-            self.model,
-            lambda model: generate(model, self.tokenizer, prompts, self.max_new_tokens, stop=stop),
-        )
-        rows = [{k: row[k] for k in row if k not in ("prompt_ids", "stop_ids")} for row in batch]
-        return [{**row, "prediction": a} for row, a in zip(rows, answers, strict=True)]
+        resume_loaders(self.trainer)
 
     # --- checkpoints -----------------------------------------------------------------------------
 
