@@ -5,8 +5,9 @@
 Batches of 8 records with the Alpaca prompt, tokenised by the embedded base's tokenizer: "random"
 pads 8 records that come together by chance to the longest of them, "grouped" pads 8 of similar
 length, "block mask" concatenates the random 8 into one row for the attention of transformers, which
-makes a mask of all pairs of tokens, and "packed" is the same row with our attention. "packed,
-budget" fills rows up to as many tokens as 8 records have on average.
+makes a mask of all pairs of tokens, and "packed, random" is the same row with our attention.
+"packed", the default, is 8 records chosen so that rows hold nearly the same number of tokens, and
+"packed, budget" fills rows up to as many tokens as 8 records have on average.
 
 Padding is counted over an epoch of all records. Time is forward and backward of a random Llama with
 LoRA on the CPU, one thread, process time, all sides in shuffled turns, per real token and relative
@@ -41,7 +42,8 @@ WAYS = {  # the order of examples, whether rows are packed, the attention
     "random": ("random", False, "sdpa"),
     "grouped": ("grouped", False, "sdpa"),
     "block mask": ("random", True, "sdpa"),
-    "packed": ("random", True, "blockwise_sdpa"),
+    "packed, random": ("random", True, "blockwise_sdpa"),
+    "packed": ("even", True, "blockwise_sdpa"),
     "packed, budget": ("budget", True, "blockwise_sdpa"),
     "random, again": ("random", False, "sdpa"),
 }
@@ -52,8 +54,12 @@ def orders(examples: list[Any]) -> dict[str, Examples]:
     lengths = [len(example["input_ids"]) for example in examples]
     budget = max(SIZE * sum(lengths) // len(lengths), max(lengths))
     plain = TrainOrder(lengths, SIZE, group_by_length=False)
-    packed = TrainOrder(lengths, SIZE, batch_tokens=budget, packed=True)
-    chosen = {"random": plain, "grouped": TrainOrder(lengths, SIZE), "budget": packed}
+    chosen = {
+        "random": plain,
+        "grouped": TrainOrder(lengths, SIZE),
+        "even": TrainOrder(lengths, SIZE, packed=True),
+        "budget": TrainOrder(lengths, SIZE, batch_tokens=budget, packed=True),
+    }
     return {
         name: [[examples[i] for i in batch] for batch in order.batches(0)]
         for name, order in chosen.items()

@@ -100,16 +100,18 @@ class InstructionDataModule(LightningDataModule):
             batch_tokens: Tokens per device and batch, padding included, instead of batch_size:
                 batches are filled with as many examples as fit.
             batching: "packed" concatenates the examples of a batch into one row, without padding;
-                attention stays within each. "padded" pads them to the longest. "auto" packs where
-                the model is known to keep the examples apart.
+                attention stays within each, and batches hold nearly the same number of tokens.
+                "padded" pads them to the longest. "auto" packs where the model is known to keep the
+                examples apart.
             val_size: Used when a source has no validation split: what to hold out of train,
                 below 1 a share, else a count of records; 0 trains without validation. Several
                 sources give so many together, each in proportion to its size (streams, whose size
                 nobody knows, in equal parts). A source without test split is tested on its
                 validation split.
             seed: Decides the held-out examples and the order of batches.
-            group_by_length: Batch examples of similar length; saves padding. With batch_tokens,
-                examples are chosen by what fits.
+            group_by_length: Choose the examples of a training batch by length: packed, so that all
+                batches hold nearly the same number of tokens; padded, of similar length, which
+                saves padding. With batch_tokens, examples are chosen by what fits.
             overlong: What happens to examples above max_length: truncate (on the right; dropped
                 where the prompt alone is too long), truncate-prompt (the start of the prompt goes
                 before any of the response) or drop.
@@ -299,8 +301,6 @@ class InstructionDataModule(LightningDataModule):
         return BatchLoader(tokens, order, self._pad_id(), **self._loading())
 
     def _budget(self) -> dict[str, Any]:
-        if self.batch_tokens is None:  # then the order is the same, packed or not
-            return {}
         return {"batch_tokens": self.batch_tokens, "packed": self._packs()}
 
     def _loading(self) -> dict[str, Any]:

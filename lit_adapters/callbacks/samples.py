@@ -37,18 +37,18 @@ from lit_adapters.trained_state import random_state, set_random_state
 class SampleGenerations(Callback):
     """Answer held-out prompts before and after training; show some, count exact matches of all.
 
-    Takes the test split of the trainer's data module. Training is not disturbed: random state and
-    modes are restored. Skipped when ``limit_val_batches=0``. The answers are also written to
-    ``samples.jsonl`` below the logger's folder, and those shown to ``samples.csv``, step by step,
-    and to TensorBoard. Every rank answers every prompt, as sharded models must.
+    Those shown are answered at every validation too. Takes the test split of the trainer's data
+    module. Training is not disturbed: random state and modes are restored. Skipped when
+    ``limit_val_batches=0``. The answers are also written to ``samples.jsonl`` below the logger's
+    folder, and those shown to ``samples.csv``, step by step, and to TensorBoard. Every rank answers
+    every prompt, as sharded models must.
 
     Args:
         show: Answers in the printed table.
         limit: Prompts answered for the count; 0 switches the callback off.
         max_new_tokens: Longest answer, tokens.
         batch_size: Prompts generated at a time.
-        at_validation: Prompts answered and shown at every validation of a fit as well, the same
-            each time.
+        at_validation: Whether the prompts shown are answered at every validation of a fit as well.
         metrics: Further scores of the answers, such as ``lit_adapters.metrics.ROUGE``.
         scores_file: Where ``test`` writes all its scores; ``test_scores.json`` below the logger's
             folder if null.
@@ -60,7 +60,7 @@ class SampleGenerations(Callback):
         limit: int = 200,
         max_new_tokens: int = 128,
         batch_size: int = 64,
-        at_validation: int = 0,
+        at_validation: bool = True,
         metrics: list[TextMetric] | None = None,
         scores_file: str | None = None,
     ) -> None:
@@ -89,10 +89,14 @@ class SampleGenerations(Callback):
             _log_some(trainer, examples, self.before, in_turns(examples)[: self.show])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer the first prompts again, print and log."""
+        """Answer the prompts shown again, print and log; not where `on_train_end` comes next."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        examples = self._examples(trainer) if fitting and self.at_validation else []
-        chosen = [examples[i] for i in in_turns(examples)[: self.at_validation]]
+        if not (fitting and self.at_validation and self.show):
+            return
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            return
+        examples = self._examples(trainer)
+        chosen = [examples[i] for i in in_turns(examples)[: self.show]]
         if not chosen:
             return
         answers = self._answer(trainer, pl_module, chosen, "")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_adapters.data.packing import Batches, exactly, fill, in_a_row
+from lit_adapters.data.packing import Batches, evenly, exactly, fill, in_a_row
 from lit_adapters.data.tokens import IGNORED, Tokens
 
 _WINDOW = 50  # batches among which examples may move when grouped by length
@@ -84,13 +84,14 @@ class TrainOrder:
         batch_size: Examples per device and step.
         seed: Together with the epoch, all that decides the order.
         shuffle: Whether the order is random at all.
-        group_by_length: Batch examples of similar length: after shuffling, sort by length within
-            windows of 50 batches, and shuffle the batches. Less padding, still a random order.
+        group_by_length: After shuffling, choose by length within windows of 50 batches, and shuffle
+            the batches: padded, examples of similar length go together, for less padding; packed,
+            such that batches, and what devices take of them, hold nearly the same number of tokens.
         rank: This device.
         devices: How many devices share the data.
         batch_tokens: Tokens per device and step, instead of `batch_size`; batches are filled from
             shuffled windows of about 200.
-        packed: Whether padding counts for nothing in `batch_tokens`, since there is none.
+        packed: Whether the examples of a batch are concatenated, so that nothing is padded.
     """
 
     lengths: Sequence[int]
@@ -122,7 +123,13 @@ class TrainOrder:
         """Return this device's batches of an epoch, as indices of examples."""
         if self.batch_tokens is not None:
             return self._fill(epoch, self._filled)[self.rank :: self.devices]
-        return [batch[self.rank :: self.devices] for batch in self.global_batches(epoch)]
+        return [self._share(batch) for batch in self.global_batches(epoch)]
+
+    def _share(self, batch: list[int]) -> list[int]:
+        if not (self.packed and self.shuffle and self.group_by_length):
+            return batch[self.rank :: self.devices]
+        sizes = [len(batch) // self.devices] * self.devices
+        return evenly(batch, self.lengths, sizes)[self.rank]
 
     def global_batches(self, epoch: int) -> Batches:
         """Return batches by number of examples, of all devices together, the same on each."""
@@ -136,7 +143,10 @@ class TrainOrder:
             return _chop(order, size)
         batches = []
         for window in _chop(order, size * _WINDOW):
-            batches += _chop(sorted(window, key=self.lengths.__getitem__), size)
+            if self.packed:
+                batches += evenly(window, self.lengths, [*map(len, _chop(window, size))])
+            else:
+                batches += _chop(sorted(window, key=self.lengths.__getitem__), size)
         return self._shuffled(batches, generator)
 
     @cached_property

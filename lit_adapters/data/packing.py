@@ -1,6 +1,7 @@
-"""Batches of at most so many tokens, in a number that is known before any is made."""
+"""Batches of at most, or of nearly, so many tokens, in a number that is known beforehand."""
 
 import bisect
+import heapq
 from collections.abc import Sequence
 
 Batches = list[list[int]]
@@ -46,6 +47,26 @@ def in_a_row(indices: Sequence[int], lengths: Sequence[int], tokens: int, packed
             batches.append([])
             total = longest = lengths[index]
         batches[-1].append(index)
+    return batches
+
+
+def evenly(indices: Sequence[int], lengths: Sequence[int], sizes: Sequence[int]) -> Batches:
+    """Distribute examples over batches of given sizes that hold nearly the same number of tokens.
+
+    Longest first, each goes to the batch of fewest tokens that has room.
+
+    Args:
+        indices: Which examples.
+        lengths: Tokens of each example of the whole.
+        sizes: Examples of each batch; as many as ``indices`` together.
+    """
+    batches: Batches = [[] for _ in sizes]
+    lightest = [(0, number) for number, size in enumerate(sizes) if size]
+    for index in sorted(indices, key=lambda index: -lengths[index]):
+        tokens, number = heapq.heappop(lightest)
+        batches[number].append(index)
+        if len(batches[number]) < sizes[number]:
+            heapq.heappush(lightest, (tokens + lengths[index], number))
     return batches
 
 

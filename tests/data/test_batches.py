@@ -1,3 +1,7 @@
+import math
+import random
+import statistics
+
 import pytest
 import torch
 
@@ -35,20 +39,22 @@ def test_sequences_undo_collate():
     assert [{k: v.tolist() for k, v in part.items()} for part in parts] == EXAMPLES
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("group_by_length", [False, True])
-def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(group_by_length):
-    order = TrainOrder(LENGTHS, batch_size=4, seed=3, group_by_length=group_by_length)
+def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(group_by_length, packed):
+    by_length = {"group_by_length": group_by_length, "packed": packed}
+    order = TrainOrder(LENGTHS, batch_size=4, seed=3, **by_length)
     first, second = order.batches(0), order.batches(1)
     assert sorted(flat(first)) == sorted(flat(second)) == list(range(103))
     assert len(first) == len(order) == 26
     assert first != second
     torch.manual_seed(99)
-    again = TrainOrder(LENGTHS, batch_size=4, seed=3, group_by_length=group_by_length)
+    again = TrainOrder(LENGTHS, batch_size=4, seed=3, **by_length)
     state = torch.get_rng_state()
     assert again.batches(0) == first
     assert again.batches(1) == second
     assert torch.equal(torch.get_rng_state(), state)
-    other = TrainOrder(LENGTHS, batch_size=4, seed=4, group_by_length=group_by_length)
+    other = TrainOrder(LENGTHS, batch_size=4, seed=4, **by_length)
     assert other.batches(0) != first
 
 
@@ -64,19 +70,46 @@ def test_grouping_by_length_saves_padding_and_stays_shuffled():
     assert longest != sorted(longest)
 
 
-def test_without_shuffle_the_data_keeps_its_order():
-    assert flat(TrainOrder(LENGTHS, 4, shuffle=False).batches(7)) == list(range(103))
+@pytest.mark.parametrize("devices", [1, 3])
+def test_packed_batches_hold_nearly_the_same_number_of_tokens(devices):
+    lengths = [round(math.exp(random.Random(i).gauss(4, 0.7))) for i in range(960)]
+
+    def tokens(**settings):
+        orders = [
+            TrainOrder(lengths, 8, rank=r, devices=devices, **settings) for r in range(devices)
+        ]
+        batches = [batch for order in orders for batch in order.batches(0)]
+        assert {len(batch) for batch in batches} == {8}
+        assert sorted(flat(batches)) == list(range(960))
+        return [sum(lengths[i] for i in batch) for batch in batches]
+
+    mean = sum(lengths) * 8 / 960
+    even, chance = tokens(packed=True), tokens(packed=True, group_by_length=False)
+    assert max(even) < 1.15 * mean < 1.6 * mean < max(chance)
+    assert statistics.stdev(even) < statistics.stdev(chance) / 5
 
 
-def test_devices_share_the_global_batches_of_a_larger_batch_size():
-    one = TrainOrder(LENGTHS[:100], 4).batches(2)
-    two = [TrainOrder(LENGTHS[:100], 2, rank=r, devices=2).batches(2) for r in (0, 1)]
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_shuffle_the_data_keeps_its_order(packed):
+    order = TrainOrder(LENGTHS, 4, shuffle=False, packed=packed)
+    assert flat(order.batches(7)) == list(range(103))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_devices_share_the_global_batches_of_a_larger_batch_size(packed):
+    one = TrainOrder(LENGTHS[:100], 4, packed=packed).batches(2)
+    two = [
+        TrainOrder(LENGTHS[:100], 2, rank=r, devices=2, packed=packed).batches(2) for r in (0, 1)
+    ]
     assert [sorted(a + b) for a, b in zip(*two, strict=True)] == [sorted(batch) for batch in one]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("devices", [2, 3, 4])
-def test_every_device_has_an_example_at_every_step(devices):
-    orders = [TrainOrder(LENGTHS, 3, rank=r, devices=devices) for r in range(devices)]
+def test_every_device_has_an_example_at_every_step(devices, packed):
+    orders = [
+        TrainOrder(LENGTHS, 3, rank=r, devices=devices, packed=packed) for r in range(devices)
+    ]
     shares = [order.batches(0) for order in orders]
     assert {len(share) for share in shares} == {len(orders[0])}
     for step in zip(*shares, strict=True):
