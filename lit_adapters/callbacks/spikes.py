@@ -3,8 +3,6 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
-from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -15,7 +13,7 @@ from torch.optim import Optimizer
 
 from lit_adapters.callbacks.deviation import MEMORY, deviation
 from lit_adapters.callbacks.snapshot import Snapshot, engines, put_back, take
-from lit_adapters.optim import GaLoreEngine
+from lit_adapters.callbacks.step_gate import StepGate
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +89,7 @@ class SpikeGuard(Callback):
         self.patience = patience
         self.limit = limit
         self.every = every
-        self._hooks: list[Any] = []
+        self._gate = StepGate()
         self._begin()
 
     def _begin(self) -> None:
@@ -100,15 +98,18 @@ class SpikeGuard(Callback):
         self.in_a_row = 0
         self.acted = 0  # times that lower-lr or restore acted in a row
         self.quiet = 0  # good steps since the last spike
-        self.lr_factor = 1.0
         self.good: Snapshot | None = None
         self._unproven: Snapshot | None = None  # taken, but no loss was seen since
         self._resumed_unproven = False
         self._sound = False  # whether the step that ends now was judged and made
-        self._prevented: list[GaLoreEngine] | None = None  # whose gradients go too; None: step
-        self._scheduled: list[Any] = []  # rates while a step is made with lowered ones
+        self._gate.reset()
         self._loss: Tensor | None = None  # of the batches since the last step
         self._batches = 0
+
+    @property
+    def lr_factor(self) -> float:
+        """What multiplies the rates of the schedule."""
+        return self._gate.lr_factor
 
     # --- the fit ---------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class SpikeGuard(Callback):
         """Begin anew; refuse copies of what is spread over devices."""
         if stage != "fit":
             return
-        self._remove()
+        self._gate.close()
         self._begin()
         if self.action == "restore" and trainer.strategy.restore_checkpoint_after_setup:
             raise ValueError(
@@ -137,10 +138,7 @@ class SpikeGuard(Callback):
                 f"{type(optimizer).__name__} computes its learning rate by itself, so SpikeGuard "
                 "cannot lower it; set its lr, or factor=1"
             )
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._as_scheduled),
-        ]
+        self._gate.watch(optimizer)
         if self.action == "restore" and self.good is None:
             self.good = take(trainer, pl_module)
         if self.action == "restore" and self._resumed_unproven:
@@ -148,61 +146,13 @@ class SpikeGuard(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizer alone."""
-        self._remove()
+        self._gate.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave the optimizer as it was scheduled."""
-        if self._scheduled:
-            self._as_scheduled(trainer.optimizers[0])
-        self._remove()
-
-    def _remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    # --- the step --------------------------------------------------------------------------------
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Lower the rates for this step alone, so that no schedule sees them.
-
-        Gradients are made, judged and clipped in the closure, if there is one; a step is left out
-        after that, by taking them away.
-        """
-        if self.lr_factor != 1:
-            self._scheduled = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.lr_factor
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._take_gradients_away(optimizer)
-            return None
-        return args[:1], {**kwargs, "closure": partial(self._after_closure, optimizer, closure)}
-
-    def _after_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
-        result = closure()
-        self._take_gradients_away(optimizer)
-        return result
-
-    def _take_gradients_away(self, optimizer: Optimizer) -> None:
-        if self._prevented is None:
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        for engine in self._prevented:
-            engine.withdraw()
-        self._prevented = None
-
-    def _as_scheduled(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._scheduled:
-            for group, rate in zip(optimizer.param_groups, self._scheduled, strict=True):
-                group["lr"] = rate
-            self._scheduled = []
+        self._gate.close()
 
     # --- the loss --------------------------------------------------------------------------------
 
@@ -250,7 +200,8 @@ class SpikeGuard(Callback):
         finite = math.isfinite(loss) and math.isfinite(norm)
         known = len(self.recent) >= FEWEST
         high = (deviation(self.recent, loss, weight) if known else 0.0) if finite else math.inf
-        self._sound, self._prevented = high <= self.threshold, None
+        self._sound = high <= self.threshold
+        self._gate.let_through()
         if self._sound:
             self.recent.append((loss, weight))
             self.in_a_row, self.quiet = 0, self.quiet + 1
@@ -291,7 +242,7 @@ class SpikeGuard(Callback):
         if changes:
             done += self._change(trainer)
         if not makes:
-            self._prevented = engines(trainer)
+            self._gate.hold_back(engines(trainer))
         self._report(trainer, what + done, loss, high)
         return not makes
 
@@ -305,8 +256,8 @@ class SpikeGuard(Callback):
             put_back(self.good, trainer, trainer.lightning_module)
             done += ", last good state put back"
         if self.factor < 1:
-            self.lr_factor = max(self.lr_factor * self.factor, self.factor**self.limit)
-            done += f", learning rate now x {self.lr_factor:.3g}"
+            self._gate.lr_factor = max(self._gate.lr_factor * self.factor, self.factor**self.limit)
+            done += f", learning rate now x {self._gate.lr_factor:.3g}"
         return done
 
     def _describe(self, trainer: Trainer, loss: float, norm: float, high: float) -> str:
@@ -358,7 +309,8 @@ class SpikeGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on as the run that is resumed would have."""
         self.recent = deque(((a, b) for a, b in state_dict["recent"]), maxlen=self.window)
-        for name in ("count", "in_a_row", "acted", "quiet", "lr_factor", "good"):
+        self._gate.lr_factor = state_dict["lr_factor"]
+        for name in ("count", "in_a_row", "acted", "quiet", "good"):
             setattr(self, name, state_dict[name])
         self._resumed_unproven = state_dict["unproven"]
 
