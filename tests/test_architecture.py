@@ -60,6 +60,7 @@ FLOORS = {
     "generation.py": 5,
     "model_loss.py": 5,
     "portable_states.py": 5,
+    "replicas.py": 5,
     "sharding.py": 5,
     "estimate/memory_trace.py": 1,
     "estimate/": 6,

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
 from lit_adapters import (
@@ -320,12 +320,11 @@ def test_an_unsuited_optimizer_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (FSDPStrategy, "FSDP flattens weights.*one device, or sharded with LoRA"),
-        (DDPStrategy, "not yet under DDPStrategy"),
-        (ModelParallelStrategy, "not yet under ModelParallelStrategy"),
+        (FSDPStrategy, r"FSDP flattens weights.*Take FSDP2 .*side='right'.*or DDP"),
+        (DeepSpeedStrategy, "one device, under DDP and under FSDP2.*under DeepSpeedStrategy; take"),
     ],
 )
-def test_strategies_that_spread_gradients_are_refused_in_words(strategy, message):
+def test_strategies_that_leave_no_matrix_its_gradient_are_refused_in_words(strategy, message):
     trainer = SimpleNamespace(strategy=object.__new__(strategy), callbacks=[])
     with pytest.raises(ValueError, match=message):
         GaLore(4).setup(trainer, Foreign(), "fit")

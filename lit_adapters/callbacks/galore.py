@@ -1,11 +1,19 @@
 """GaLore in a Lightning fit: project gradients around whatever optimizer the module configures."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +21,8 @@ from torch.optim import Optimizer
 from lit_adapters.adapters import FullFineTuning
 from lit_adapters.callbacks.adapted_children import adapted_children
 from lit_adapters.callbacks.files import is_of_a_search
-from lit_adapters.optim import GaLoreEngine, Projection
+from lit_adapters.optim import GaLoreEngine, Projection, choose_layers
+from lit_adapters.replicas import average_all, average_all_but
 from lit_adapters.targets import match_targets
 
 
@@ -30,6 +39,13 @@ class GaLore(Callback):
     full ones. Checkpoints hold the subspaces and counts beside weights and optimizer, as tensors
     and ints; a run resumed inside a period goes on to the bit.
 
+    Several devices: under DDP the projected gradients are averaged, of rank r, and DDP is left with
+    the ordinary ones; windows that choose a subspace average the whole gradient. Under FSDP2
+    (`ModelParallelStrategy`) ranks hold rows of every weight and its moments, each projects its
+    own, and side must be right: a single device's default, the shorter side, is that already for
+    weights with no more columns than rows. Subspaces are those of the mean gradient of all ranks,
+    which share the decompositions. A run goes on under another strategy if the sides agree.
+
     In manual optimization a new subspace is chosen in the first backward pass of a window.
 
     Args:
@@ -42,7 +58,8 @@ class GaLore(Callback):
         exclude: Names to leave ordinary, as in `LoRA`.
         svd: exact, or randomised, which for ranks far below the weight's takes a tenth of the time;
             a weight of 4096 x 4096 takes half a minute exactly on one processor core.
-        side: std projects the shorter dimension, reverse_std the longer; full both.
+        side: std projects the shorter dimension, reverse_std the longer; left and right say which
+            (right: rows keep their number); full both.
         moments: What becomes of the optimizer's state at a change of subspace: keep it, as in the
             paper; reset it; rotate the first moment into the new subspace.
         min_size: Weights whose shorter side is below this, or below rank, stay ordinary.
@@ -87,33 +104,53 @@ class GaLore(Callback):
                     "the stand-ins of projected weights in the optimizer with the weights; train "
                     "with one of the two"
                 )
+        self._spread(trainer, pl_module)
+
+    def _spread(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep whole gradients from being averaged, before the strategy prepares for it."""
         strategy = trainer.strategy
-        if isinstance(strategy, SingleDeviceStrategy):
-            return
         name = type(strategy).__name__
         if isinstance(strategy, FSDPStrategy):
             raise ValueError(
                 f"GaLore cannot work under {name}: FSDP flattens weights into shards, so that no "
-                "matrix has a gradient of its own to project. Train on one device, or sharded with "
-                "LoRA"
+                "matrix has a gradient of its own to project. Take FSDP2 "
+                "(strategy=ModelParallelStrategy(), GaLore(side='right')) or DDP"
             )
-        raise ValueError(
-            f"GaLore works on one device, not yet under {name}: its subspaces would have to be "
-            "chosen from the gradients of all ranks. Set devices=1, or train with LoRA"
-        )
+        if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+            average_all_but(strategy, partial(self._weights, pl_module))
+        elif not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"GaLore works on one device, under DDP and under FSDP2 (ModelParallelStrategy), "
+                f"and does not know who averages gradients under {name}; take one of these"
+            )
+
+    def _layers(self, pl_module: LightningModule) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """Return the model, whose names count, and the layers meant."""
+        roots = list(adapted_children(pl_module).values())
+        model = roots[0] if len(roots) == 1 else pl_module
+        return model, {n: model.get_submodule(n) for n in match_targets(model, self.selection)}
+
+    def _weights(self, pl_module: LightningModule) -> list[nn.Parameter]:
+        """Return what will be projected if the optimizer steps all that is trained."""
+        _, layers = self._layers(pl_module)
+        trained = {id(p) for p in pl_module.parameters() if p.requires_grad}
+        chosen, _ = choose_layers(layers, trained, self.settings)
+        return [layer.get_parameter("weight") for layer in chosen.values()]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap the weights in the optimizer; its state and ours are restored later or were read."""
-        self._remove()
+        if self.engine:
+            self.engine.remove()
         if len(trainer.optimizers) != 1:
             raise ValueError(
                 f"GaLore works around one optimizer, and {type(pl_module).__name__} configures "
                 f"{len(trainer.optimizers)}; give one of them all parameters, in groups"
             )
-        roots = list(adapted_children(pl_module).values())
-        model = roots[0] if len(roots) == 1 else pl_module
-        layers = {name: model.get_submodule(name) for name in match_targets(model, self.selection)}
-        self.engine = GaLoreEngine(layers, trainer.optimizers[0], self.settings)
+        model, layers = self._layers(pl_module)
+        seed = trainer.strategy.broadcast(torch.initial_seed())  # rounds replicas alike
+        self.engine = GaLoreEngine(
+            layers, trainer.optimizers[0], self.settings, seed, trainer.world_size
+        )
         self.engine.active = False
         if self._restored is not None:
             self.engine.load_state_dict(self._restored)
@@ -144,9 +181,10 @@ class GaLore(Callback):
         if self.engine:
             automatic = pl_module.automatic_optimization
             self.engine.accumulating = automatic and trainer.fit_loop._should_accumulate()
+            self.engine.pending = True  # other ranks may get gradients where this one does not
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete gradients that only earlier batches of the window had.
+        """Exchange gradients, and complete those that only earlier batches of the window had.
 
         Before a GradScaler looks at them.
         """
@@ -167,15 +205,16 @@ class GaLore(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was, trained; the state can still be saved."""
-        self._remove()
+        self._remove(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave no shadow for the next fit to train."""
-        self._remove()
+        self._remove(trainer)
 
-    def _remove(self) -> None:
+    def _remove(self, trainer: Trainer) -> None:
+        average_all(trainer.strategy)
         if self.engine:
             self.engine.remove()
 

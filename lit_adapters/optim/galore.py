@@ -6,18 +6,21 @@ makes of the shadow in its step is projected back and added to the weight (arXiv
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
 from lit_adapters.optim.decay import check_suited, decay_of, packs_moments
+from lit_adapters.optim.exchange import average_projected, share_subspace, whole_gradient
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.projection import Projector, rotate, subspace
-from lit_adapters.optim.shadow import Shadowed, why_ordinary
+from lit_adapters.optim.rows import as_rows_of, own_rows
+from lit_adapters.optim.shadow import Shadowed, check_side, why_ordinary
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # linear in the gradient, so they can be rotated
 
@@ -40,18 +43,24 @@ class GaLoreEngine:
       would lose most small updates. Random bits depend on seed, name and step alone.
     - Steps without a new gradient, such as torch makes to build an optimizer's state, change
       nothing.
+    - Several ranks average the projected gradients of weights that all of them hold, once a window
+      and all in one; of FSDP2's weights each projects the rows it holds. New subspaces are those of
+      the gradient of all ranks; as many are computed at a time as there are ranks, each by one.
 
     Args:
         layers: The layers whose ``weight`` is meant, by name; a tied weight counts once.
         optimizer: Any that steps by its gradients alone. Its groups stay as many as they are.
         settings: How to project.
-        seed: Of random choices; the global seed if null.
+        seed: Of random choices; the global seed if null. The same on all ranks.
+        ranks: That train together: 1, or all of the default process group. Nobody else averages
+            the gradients of ``layers`` whose weights each of them holds.
 
     Attributes:
         projected: What is projected, by name of the layer.
         ordinary: Why the other weights are not.
         active: While False, gradients and steps are left alone.
         accumulating: Whether more backward passes follow before the next step.
+        pending: Whether `finish_window` has gradients to exchange, perhaps of other ranks alone.
 
     Raises:
         ValueError: if nothing can be projected, the optimizer is unsuited or has begun, or a weight
@@ -64,6 +73,7 @@ class GaLoreEngine:
         optimizer: Optimizer,
         settings: Projection,
         seed: int | None = None,
+        ranks: int = 1,
     ) -> None:
         check_suited(optimizer)
         if settings.moments != "keep" and packs_moments(optimizer):
@@ -75,10 +85,15 @@ class GaLoreEngine:
         self.settings = settings
         self.optimizer = optimizer
         self.seed = torch.initial_seed() if seed is None else seed
+        self.ranks = ranks
         self.active = True
         self.accumulating = False
+        self.pending = False
         self._arrived = False  # whether a gradient came since the last step
-        chosen, self.ordinary = _choose_layers(layers, optimizer, settings)
+        chosen, self.ordinary = choose_layers(
+            layers, {id(p) for group in optimizer.param_groups for p in group["params"]}, settings
+        )
+        _check_unstepped(chosen, optimizer)
         self.projected = {name: Shadowed(name, layer, settings) for name, layer in chosen.items()}
         for group in optimizer.param_groups:
             shadows = {id(one.weight): one.shadow for one in self.projected.values()}
@@ -113,13 +128,13 @@ class GaLoreEngine:
         """Project the gradient that has just arrived, and free it."""
         if not self.active or weight.grad is None:
             return
-        gradient, weight.grad = weight.grad, None
+        gradient, weight.grad = own_rows(weight.grad), None
         if gradient.is_sparse:
             raise TypeError(
                 f"the gradient of {one.name!r} is sparse, which GaLore cannot project; build the "
                 "embedding with sparse=False, or leave it out"
             )
-        self._arrived = True
+        self._arrived = self.pending = True
         if not one.due:
             one.add_gradient(one.projected(gradient))
             return
@@ -128,34 +143,66 @@ class GaLoreEngine:
             one.shadow.grad = torch.zeros_like(one.shadow)
         else:
             one.kept.add_(gradient)
-        if not self.accumulating:
-            self._choose_subspace(one, one.kept)
-
-    def finish_window(self) -> None:
-        """Choose the subspaces that are still due, if the last backward pass missed some weights.
-
-        To be called before clipping or unscaling; the optimizer's step does it at the latest.
-        """
-        for one in self.projected.values():
-            if one.kept is not None and one.shadow.grad is not None:
-                self._choose_subspace(one, one.kept)
+        if self.ranks == 1 and not self.accumulating:
+            self._choose_subspaces([one])
 
     @torch.no_grad()
-    def _choose_subspace(self, one: Shadowed, gradient: Tensor) -> None:
-        """Choose the subspace from the gradient of a whole window, and project that."""
-        one.kept = one.shadow.grad = None
-        old, how = one.projector, self.settings
-        if gradient.isfinite().all():
-            generator = torch.Generator().manual_seed(self._seed(one))
-            with torch.autocast(gradient.device.type, enabled=False):
-                new = subspace(gradient.flatten(1), how.rank, how.side, how.svd, generator)
+    def finish_window(self) -> None:
+        """Exchange gradients, and choose the subspaces that are still due.
+
+        To be called before clipping or unscaling, by all ranks; the optimizer's step does it at the
+        latest.
+        """
+        if self.ranks > 1 and self.pending:
+            self._arrived = average_projected(list(self.projected.values())) or self._arrived
+        self.pending = False
+        due = [
+            one
+            for one in self.projected.values()
+            if one.kept is not None and one.shadow.grad is not None
+        ]
+        for start in range(0, len(due), self.ranks):
+            self._choose_subspaces(due[start : start + self.ranks])
+
+    def _choose_subspaces(self, turn: Sequence[Shadowed]) -> None:
+        """Choose subspaces from gradients of a whole window, and project these.
+
+        Args:
+            turn: As many weights as there are ranks, or fewer; each rank computes one subspace.
+        """
+        rank = dist.get_rank() if self.ranks > 1 else 0
+        for place, one in enumerate(turn):  # all at first: they wait for each other
+            gradient = whole_gradient(one, self.ranks)
+            if place == rank:
+                mine = gradient
+        del gradient
+        found = self._subspace(turn[rank], mine) if rank < len(turn) else None
+        for place, one in enumerate(turn):
+            shared = found if self.ranks == 1 else share_subspace(one, found, place)
+            self._enter(one, shared)
+
+    def _subspace(self, one: Shadowed, gradient: Tensor) -> Projector | None:
+        """Return the subspace of a gradient of all rows; None if it is not finite."""
+        if not gradient.isfinite().all():
+            return None
+        how = self.settings
+        generator = torch.Generator().manual_seed(self._seed(one))
+        with torch.autocast(gradient.device.type, enabled=False):
+            return subspace(gradient.flatten(1), how.rank, how.side, how.svd, generator)
+
+    def _enter(self, one: Shadowed, new: Projector | None) -> None:
+        """Change to another subspace, if there is one, and project the gradient that is kept."""
+        gradient, one.kept, one.shadow.grad = one.kept, None, None
+        assert gradient is not None
+        if new is not None:
+            old = one.projector
             changed = None if old is None else self._carry_over(one, old, new)
             one.replaced = (old, one.age, changed)
             one.projector, one.age = new, 0
         if one.projector is not None:
             one.add_gradient(one.projected(gradient))
         else:  # whoever looks at gradients before the step is to see it
-            one.add_gradient(torch.full_like(one.shadow, torch.nan))
+            one.add_gradient(torch.full_like(own_rows(one.shadow), torch.nan))
 
     def _carry_over(self, one: Shadowed, old: Projector, new: Projector) -> dict[str, Any] | None:
         """Fit the optimizer's state to another subspace; return what it was if it is changed."""
@@ -165,7 +212,7 @@ class GaLoreEngine:
         if self.settings.moments == "reset":
             return self.optimizer.state.pop(one.shadow)
         turned = {
-            key: rotate(state[key], old, new).to(state[key].dtype)
+            key: as_rows_of(rotate(own_rows(state[key]), old, new).to(state[key].dtype), state[key])
             for key in FIRST_MOMENTS
             if isinstance(state.get(key), Tensor)
         }
@@ -177,7 +224,7 @@ class GaLoreEngine:
 
         To be called instead of a step.
         """
-        self._arrived = False
+        self._arrived = self.pending = False
         for one in self.projected.values():
             one.kept = one.shadow.grad = None
             if one.replaced is not None:
@@ -220,7 +267,7 @@ class GaLoreEngine:
         for one, group in self._stepped():
             decay = float(group.get("weight_decay") or 0)
             if decay and one.projector is not None:
-                R = one.projected(one.weight.detach())
+                R = one.projected(own_rows(one.weight.detach()))
                 sign = -1 if group.get("maximize") else 1
                 one.add_gradient((R if unit is None else R * unit).mul_(sign * decay))
 
@@ -284,11 +331,19 @@ class GaLoreEngine:
             one.steps, one.age = weights[name]["steps"], weights[name]["age"]
 
 
-def _choose_layers(
-    layers: Mapping[str, nn.Module], optimizer: Optimizer, settings: Projection
+def choose_layers(
+    layers: Mapping[str, nn.Module], stepped: Set[int], settings: Projection
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the layers to project, and why the others are not."""
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """Return the layers to project, and why the others are not.
+
+    Args:
+        layers: By name.
+        stepped: Ids of the parameters in the optimizer.
+        settings: What they are projected to.
+
+    Raises:
+        ValueError: if there are none, or one cannot be projected as it is to be.
+    """
     chosen: dict[str, nn.Module] = {}
     ordinary: dict[str, str] = {}
     owners: dict[int, str] = {}  # of the weights chosen
@@ -300,12 +355,7 @@ def _choose_layers(
             ordinary[name] = reason
             continue
         weight = layer.get_parameter("weight")
-        if optimizer.state.get(weight):
-            raise ValueError(
-                f"the optimizer has state for {name!r} already, of the full size; GaLore must be "
-                "there before the first step, and around an optimizer that makes its state in the "
-                "step, not when it is built as Adagrad does"
-            )
+        check_side(name, weight, settings)
         owners[id(weight)] = name
         chosen[name] = layer
     if not chosen:
@@ -316,3 +366,13 @@ def _choose_layers(
             "adapter=FullFineTuning()); widen targets, or lower rank or min_size"
         )
     return chosen, ordinary
+
+
+def _check_unstepped(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
+    for name, layer in layers.items():
+        if optimizer.state.get(layer.get_parameter("weight")):
+            raise ValueError(
+                f"the optimizer has state for {name!r} already, of the full size; GaLore must be "
+                "there before the first step, and around an optimizer that makes its state in the "
+                "step, not when it is built as Adagrad does"
+            )
