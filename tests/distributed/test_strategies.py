@@ -138,7 +138,7 @@ class Ranks:
             for key, case in cases.items():
                 self.found[key] = [train.run({"folder": str(self.folder), **case})]
 
-    def pair(self, cases, limit=LIMIT):
+    def pair(self, cases, limit=LIMIT, script=train):
         """Run cases in two processes; a case that raised is an error text."""
         out = self.folder / "results"
         out.mkdir()
@@ -148,7 +148,7 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         files = [(out / f"log-{rank}").open("w") for rank in range(2)]
-        command = [sys.executable, train.__file__, str(self.folder / "cases.json"), str(out)]
+        command = [sys.executable, script.__file__, str(self.folder / "cases.json"), str(out)]
         processes = [
             subprocess.Popen(
                 command, cwd=ROOT, env=environment(rank, port), stdout=file, stderr=file

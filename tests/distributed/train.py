@@ -30,6 +30,7 @@ from lit_adapters.callbacks import PredictionWriter
 from lit_adapters.spread import plain_name, whole
 from tests import models
 from tests.data.word_tokenizer import word_tokenizer
+from tests.distributed.traffic import StepTraffic
 from tests.models import fingerprint
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -158,7 +159,12 @@ def run(case):
         batching=case.get("batching", "auto"),
     )
     watch = Watch(case.get("mutes", False))
-    callbacks = [watch, *[built(text) for text in case.get("callbacks", [])]]
+    traffic = StepTraffic()
+    callbacks = [
+        watch,
+        *([traffic] if case.get("traffic") else []),
+        *[built(text) for text in case.get("callbacks", [])],
+    ]
     if "keep" in case:
         callbacks.append(AdapterCheckpoint(case["keep"], every_n_train_steps=1))
     if "predictions" in case:
@@ -201,6 +207,12 @@ def run(case):
     found = {
         **{"loss": watch.loss, "norm": watch.norm, "held": watch.held, "units": watch.units},
         "start": starts[0],
+        "traffic": traffic.steps,
+        "optimizer_bytes": sum(
+            t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes
+            for values in trainer.optimizers[0].state.values()
+            for t in values.values()
+        ),
         "state": state,
         "adapter_bytes": sum(p.nbytes for adapter in inside for p in adapter.parameters()),
     }
@@ -219,7 +231,7 @@ def write_records(folder):
     return path
 
 
-def main(cases_file, out):
+def main(cases_file, out, run=run):
     """Run all cases; a failure is a result, too."""
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric", "lit_adapters"):
