@@ -67,10 +67,11 @@ def run(case):
     """Fit; return the weights before and after."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     seed_everything(rank if case.get("another_start") else 0, verbose=False)
-    if case.get("unseeded"):
-        torch.seed()
     module = Experts(case.get("manual", False), case.get("bias", True))
     torch.manual_seed(0)
+    if case.get("unseeded"):
+        os.environ.pop("PL_GLOBAL_SEED")  # which ranks start with again
+        torch.seed()
     module.to(getattr(torch, case.get("dtype", "float64")))
 
     def fit(*callbacks):
