@@ -18,6 +18,8 @@ train and evaluate (a LightningCLI: --config FILE, any number, later ones win; t
 
 look before a fit
   estimate   its memory, part by part, and that of alternatives, without weights or data
+  check      a fit on many devices, without them: --devices 8 --num_nodes 2 --strategy fsdp2;
+             what would be refused, what each device would hold, batches and steps
   data       data preview --config FILE: the first records as the model sees them, what is
              trained on in colour, and their lengths; --records N, --split NAME, --json
 
@@ -32,7 +34,7 @@ Ctrl-C or SIGTERM ends a fit after the step it is in and writes last.ckpt; to go
 command with --ckpt_path FILE. A second Ctrl-C ends it at once.
 Exit status: 0 done, 1 error, 2 wrong usage, 130 Ctrl-C (SIGINT), 143 SIGTERM.
 """
-ESTIMATE, PREVIEW = "estimate", "data"
+ESTIMATE, CHECK, PREVIEW = "estimate", "check", "data"
 TRAINING = ("fit", "validate", "test", "predict")
 USING = ("generate", "merge", "export")
 SWITCHES = ("--json", "--raw", "--untie")
@@ -72,12 +74,16 @@ def main(arguments: list[str] | None = None) -> None:
         from lit_adapters.estimate.command import EstimateCLI
 
         EstimateCLI(_switched(words)[1:])
+    elif command == CHECK:
+        from lit_adapters.check.command import CheckCLI
+
+        CheckCLI(_switched(words)[1:])
     elif command in TRAINING or command.startswith("-"):
         from lit_adapters.cli import AdapterCLI
 
         AdapterCLI(args=arguments)
     else:
-        known = ", ".join((*TRAINING, ESTIMATE, PREVIEW, *USING))
+        known = ", ".join((*TRAINING, ESTIMATE, CHECK, PREVIEW, *USING))
         sys.exit(f"error: unknown command {command!r}; expected one of: {known}")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -20,13 +20,20 @@ from lit_adapters.spread import note_pieces, whole
 Result = TypeVar("Result")
 
 
+class Unit(NamedTuple):
+    """Parameters that are gathered and freed together."""
+
+    name: str  # of the decoder layer; empty for the rest
+    parameters: list[nn.Parameter]
+
+
 def spread_over_all(strategy: Strategy) -> None:
     """Let FSDP2 share data and weights among all devices; call it before the devices are arranged.
 
     Lightning's own default is tensor parallelism on the devices of a machine.
 
     Raises:
-        ValueError: if tensor parallelism was asked for.
+        ValueError: if tensor parallelism was asked for, or some of the devices only.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return
@@ -38,8 +45,14 @@ def spread_over_all(strategy: Strategy) -> None:
             "split single matrices, and there is no plan here for how; leave it out, or say 1: "
             "the weights are then sharded over all devices (FSDP2)"
         )
+    devices = strategy.num_nodes * strategy.num_processes
     if strategy._data_parallel_size == "auto":
-        strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+        strategy._data_parallel_size = devices
+    if strategy._data_parallel_size != devices:
+        raise ValueError(
+            f"ModelParallelStrategy(data_parallel_size={strategy._data_parallel_size}) does not "
+            f"use all {devices} devices (nodes x devices); leave it out"
+        )
 
 
 def shard(model: Any, strategy: Strategy | None) -> Any:
@@ -108,58 +121,85 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     )
 
 
-def _wrap(model: nn.Module, strategy: FSDPStrategy) -> nn.Module:
+def units(model: nn.Module, strategy: Strategy | None) -> list[Unit]:
+    """Return what `shard` makes of ``model``: its decoder layers, and the rest, which comes last.
+
+    None where nothing is sharded, or where an `auto_wrap_policy` of the user's decides. What FSDP1
+    leaves whole is in no unit.
+    """
+    if not is_sharded(strategy):
+        return []
+    seen: set[int] = set()
+    if isinstance(strategy, FSDPStrategy):
+        if strategy.kwargs.get("auto_wrap_policy") is not None:
+            return []
+        seen = {id(p) for p in replicated(model)}
+    found = []
+    for name, module in [*decoder_layers(model), ("", model)]:
+        own = [p for p in module.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        found.append(Unit(name, own))
+    return found
+
+
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """Return what every rank holds whole under FSDP1: the parameters of adapters."""
+    return [p for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()]
+
+
+def check_sharding(model: nn.Module, strategy: Strategy | None) -> None:
+    """Raise a ValueError if `shard` cannot spread ``model``, adapted and whole."""
+    if not isinstance(strategy, FSDPStrategy):
+        return
     if strategy._state_dict_type != "full":
         raise ValueError(
             "FSDPStrategy(state_dict_type='sharded') writes a folder that only as many ranks can "
             "read; leave it at 'full': checkpoints hold what is trained and nothing of the frozen "
             "base, so they are small, and resume under any strategy"
         )
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
-    copies = [adapter for adapter in adapters if adapter.stands_in]
+    copies = [m for m in model.modules() if isinstance(m, Adapter) and m.stands_in]
     if copies:
         raise ValueError(
             f"{copies[0].spec.name} puts trained copies in the place of a layer's own weights, "
             "where FSDP puts what it has gathered, so they would not be trained. Take FSDP2 "
             "(strategy=ModelParallelStrategy()) or DDP, or leave out bias and modules_to_save"
         )
-    replicated = [p for adapter in adapters for p in adapter.parameters()]
-    for adapter in adapters:
-        adapter.to(strategy.root_device)  # FSDP moves what it shards
-    ignored = {id(p) for p in replicated}
-    # Weights have the dtype they are to be computed in, and rotary frequencies are to stay fp32:
-    # what Lightning would have FSDP cast for its precision is left alone.
-    options = {"ignored_states": replicated, "mixed_precision": strategy.mixed_precision}
-    everything = [p for p in model.parameters() if id(p) not in ignored]
-    shapes = [p.shape for p in everything]
-    if strategy.kwargs.pop("auto_wrap_policy", None) is None:
-        for name, layer in decoder_layers(model):
-            _check_uniform(name, layer, ignored)
-            parent, _, key = name.rpartition(".")
-            model.get_submodule(parent)._modules[key] = wrap(layer, **options)
-        _check_uniform("the rest of the model", model, ignored)
-    wrapped: Any = wrap(model, **options)
-    if wrapped.sharding_strategy != ShardingStrategy.NO_SHARD:
-        note_pieces(everything, shapes, wrapped.process_group)
-    return wrapped
+    for unit in units(model, strategy):
+        _check_uniform(unit)
 
 
-def _check_uniform(name: str, unit: nn.Module, ignored: set[int]) -> None:
-    inside = {
-        id(p)
-        for module in unit.modules()
-        if isinstance(module, FullyShardedDataParallel)
-        for p in module.parameters()
-    }
-    own = [p for p in unit.parameters() if id(p) not in ignored | inside]
-    dtypes = sorted({str(p.dtype) for p in own})
+def _check_uniform(unit: Unit) -> None:
+    dtypes = sorted({str(p.dtype) for p in unit.parameters})
     if len(dtypes) > 1:
         raise ValueError(
-            f"FSDP flattens the weights of a unit into one tensor, and those of {name} are of "
+            "FSDP flattens the weights of a unit into one tensor, and those of "
+            f"{unit.name or 'the rest of the model'} are of "
             f"{' and '.join(dtypes)}. Take FSDP2 (strategy=ModelParallelStrategy()), which shards "
             "each by itself; for a quantised base also "
             "quantization=BitsAndBytes(storage=...) with the dtype of the other weights"
         )
+
+
+def _wrap(model: nn.Module, strategy: FSDPStrategy) -> nn.Module:
+    check_sharding(model, strategy)
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.to(strategy.root_device)  # FSDP moves what it shards
+    whole_ones = replicated(model)
+    ignored = {id(p) for p in whole_ones}
+    # Weights have the dtype they are to be computed in, and rotary frequencies are to stay fp32:
+    # what Lightning would have FSDP cast for its precision is left alone.
+    options = {"ignored_states": whole_ones, "mixed_precision": strategy.mixed_precision}
+    everything = [p for p in model.parameters() if id(p) not in ignored]
+    shapes = [p.shape for p in everything]
+    if strategy.kwargs.pop("auto_wrap_policy", None) is None:
+        for name, layer in decoder_layers(model):
+            parent, _, key = name.rpartition(".")
+            model.get_submodule(parent)._modules[key] = wrap(layer, **options)
+    wrapped: Any = wrap(model, **options)
+    if wrapped.sharding_strategy != ShardingStrategy.NO_SHARD:
+        note_pieces(everything, shapes, wrapped.process_group)
+    return wrapped
 
 
 def inside(model: Any, run: Callable[[Any], Result]) -> Result:

@@ -64,6 +64,7 @@ FLOORS = {
     "sharding.py": 5,
     "estimate/memory_trace.py": 1,
     "estimate/": 6,
+    "check/": 6,
     "suggestions.py": 6,
     "cli.py": 6,
     "commands.py": 6,

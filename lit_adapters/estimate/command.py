@@ -30,13 +30,15 @@ BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 class EstimateCLI(AdapterCLI):
     """Reads what `fit` reads, and prints what it would take."""
 
+    prog = "lit_adapters estimate"
+
     def __init__(self, args: list[str]) -> None:
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the rest of argv
         super().__init__(args, run=False)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Name the command in messages."""
-        return super().init_parser(**{**kwargs, "prog": "lit_adapters estimate"})
+        return super().init_parser(**{**kwargs, "prog": self.prog})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the flags of this command to those of a fit."""
@@ -57,12 +59,7 @@ class EstimateCLI(AdapterCLI):
 
     def instantiate_classes(self) -> None:
         """Estimate instead of building a trainer."""
-        given = self.parser.parse_args(self._arguments, defaults=False)
-        if not given.get("model.base"):
-            raise ValueError(
-                "nothing says which model is meant: no config has model: {base: ...}. Pass the "
-                "config of the fit, --config configs/alpaca_lora.yaml, or --model.base"
-            )
+        self.demand_base()
         memory = None if self.config.memory is None else parse_size(self.config.memory)
         self.config.trainer.logger = False  # nothing is to be opened
         settings = self.parser.instantiate_classes(self.config)
@@ -75,6 +72,15 @@ class EstimateCLI(AdapterCLI):
             if not console.is_terminal:
                 console.width = WIDTH
             show(columns, training, memory, console)
+
+    def demand_base(self) -> None:
+        """Refuse to look at the default model where none is named."""
+        given = self.parser.parse_args(self._arguments, defaults=False)
+        if not given.get("model.base"):
+            raise ValueError(
+                "nothing says which model is meant: no config has model: {base: ...}. Pass the "
+                "config of the fit, --config configs/alpaca_lora.yaml, or --model.base"
+            )
 
 
 # --- what is asked -------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def arranged(**sizes):
 
 def test_fsdp2_takes_all_devices_unless_told_otherwise():
     assert arranged() == (8, 1)
-    assert arranged(data_parallel_size=4) == (4, 1)
+    assert arranged(data_parallel_size=8) == (8, 1)
     assert arranged(data_parallel_size=8, tensor_parallel_size=1) == (8, 1)
     spread_over_all(DDPStrategy())  # has nothing to arrange
 
@@ -67,6 +67,11 @@ def test_fsdp2_takes_all_devices_unless_told_otherwise():
 def test_tensor_parallelism_is_refused():
     with pytest.raises(ValueError, match="tensor_parallel_size=2.*leave it out"):
         arranged(tensor_parallel_size=2)
+
+
+def test_leaving_devices_out_is_refused():
+    with pytest.raises(ValueError, match="data_parallel_size=4.*does not use all 8 devices"):
+        arranged(data_parallel_size=4)
 
 
 def test_a_folder_of_shards_is_refused():
