@@ -60,7 +60,7 @@ METHODS: dict[str, AdapterSpec] = {
 }
 VOCABULARY = 512
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
-SCALARS = 1024  # bytes at most: sums of losses and tokens, norms of all gradients, barriers
+SCALARS = 1024  # bytes at most: sums of losses and tokens, norms of gradients, a few buffers
 LLAMAS = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
@@ -89,8 +89,7 @@ class Collectives(TorchDispatchMode):
             return NotImplemented  # it comes back with the tensors inside
         if func.namespace in ("c10d", "_c10d_functional"):
             kind, size = _handed(func._opname, args)
-            scalar = kind != "broadcast" and size <= SCALARS
-            self.bytes["scalars" if scalar else kind] += size
+            self.bytes["scalars" if size <= SCALARS else kind] += size
         return func(*args, **(kwargs or {}))
 
 
@@ -207,7 +206,8 @@ def sent_by_arithmetic(model: nn.Module, way: str, ranks: int) -> Bytes:
 
     trained = [p for p in model.parameters() if p.requires_grad]
     if way == "ddp":
-        return {"all-reduce": _size(trained), "broadcast": _size(list(model.buffers()))}
+        buffers = _size(list(model.buffers()))
+        return {"all-reduce": _size(trained), "broadcast": buffers if buffers > SCALARS else 0}
     *layers, rest = (unit.parameters for unit in units(model, strategy))
     sharded = [p for layer in (*layers, rest) for p in layer]
     apart = replicated(model) if way == "fsdp" else []
