@@ -108,9 +108,11 @@ class CausalLMModule(LightningModule):
             if tokens == 0:  # of a source that limit_val_batches left out
                 continue
             loss, suffix = nll / tokens, f"/{source}" if source else ""
-            self.log(f"{stage}/loss{suffix}", loss, prog_bar=not source)
-            self.log(f"{stage}/perplexity{suffix}", loss.exp())
-            self.log(f"{stage}/token_accuracy{suffix}", correct / tokens)
+            values = {"loss": loss, "perplexity": loss.exp(), "token_accuracy": correct / tokens}
+            for name, value in values.items():
+                # Equal on all ranks already; Lightning would warn that it might not be.
+                bar = name == "loss" and not source
+                self.log(f"{stage}/{name}{suffix}", value, prog_bar=bar, sync_dist=True)
 
     def predict_step(self, batch: Batch | Sequence[Row], batch_idx: int) -> list[Row]:
         """Answer the prompts of a batch; each result holds prompt, prediction and reference.

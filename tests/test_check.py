@@ -103,11 +103,32 @@ def test_what_a_fit_would_refuse(capsys, name):
     assert re.search(expected, problem), problem
 
 
-def test_galore_is_asked_itself(capsys):
-    words = ["--devices=2", "--strategy=fsdp"]
+@pytest.mark.parametrize(
+    ("strategy", "side", "problem"),
+    [
+        ("fsdp", "right", "GaLore cannot work under FSDPStrategy"),
+        ("fsdp2", "std", r"GaLore\(side='std'\) projects the rows of 'model.layers"),
+        ("fsdp2", "right", None),
+        ("ddp", "std", None),
+    ],
+)
+def test_galore_is_asked_itself(capsys, strategy, side, problem):
+    words = ["--devices=2", f"--strategy={strategy}", f"--trainer.callbacks.side={side}"]
     status, found = check(capsys, *words, config="alpaca_galore.yaml")
-    assert status == 1
-    assert found["problems"][0].startswith("GaLore: GaLore cannot work under FSDPStrategy")
+    if problem is None:
+        assert (status, found["problems"]) == (0, [])
+    else:
+        assert status == 1
+        assert re.search(problem, found["problems"][0])
+
+
+def test_ddp_has_no_buckets_for_what_galore_averages():
+    model = models.llama()
+    attach(model, FullFineTuning())
+    weights = [p for n, p in model.named_parameters() if n.endswith("_proj.weight")]
+    every, others = (share_of(model, DDPStrategy(), 2, alone) for alone in ((), weights))
+    assert every.exchange - others.exchange == sum(p.nbytes for p in weights)
+    assert every.exchange == sum(p.nbytes for p in model.parameters())
 
 
 def test_a_model_of_8_billion_needs_its_config_alone(capsys, tmp_path):

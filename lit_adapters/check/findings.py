@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
 
 from lit_adapters.callbacks import GaLore, SpikeGuard
 from lit_adapters.check.absent import absent_trainer
@@ -17,8 +19,9 @@ from lit_adapters.check.shares import rank_bytes, share_of
 from lit_adapters.estimate.estimation import peaks_of
 from lit_adapters.estimate.rehearsal import Rehearsal
 from lit_adapters.estimate.shapes import Training
-from lit_adapters.optim import parameter_groups
+from lit_adapters.optim import choose_layers, parameter_groups
 from lit_adapters.sharding import Unit, check_optimizer, check_sharding, units
+from lit_adapters.targets import match_targets
 
 REFUSING = (GaLore, SpikeGuard)  # callbacks that do not work under every strategy
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, OSError, MisconfigurationException)
@@ -83,9 +86,9 @@ def examine(
             found.counts = {"ranks": trainer.world_size, "nodes": trainer.num_nodes}
         if trainer is not None and rehearsal is not None:
             trainer.strategy._lightning_module = rehearsal.module
-            _examine_model(found, trainer, rehearsal)
+            projected = _examine_model(found, trainer, rehearsal)
             with found.noting("memory"):
-                _examine_memory(found, trainer, rehearsal, memory)
+                _examine_memory(found, trainer, rehearsal, projected, memory)
             with found.noting("data"):
                 if data.tokenizer is None:  # the rehearsed module no longer knows whose it is
                     rehearsal.module._tokenizer = training.module.tokenizer
@@ -93,13 +96,16 @@ def examine(
     return found
 
 
-def _examine_model(found: Findings, trainer: Trainer, rehearsal: Rehearsal) -> None:
-    """Ask everything that can refuse a strategy during a fit."""
+def _examine_model(found: Findings, trainer: Trainer, rehearsal: Rehearsal) -> list[Tensor]:
+    """Ask everything that can refuse a strategy during a fit; return what GaLore projects."""
     model, strategy = rehearsal.model, trainer.strategy
+    projected: list[Tensor] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, REFUSING):
             with found.noting(type(callback).__name__):
                 callback.setup(trainer, rehearsal.module, "fit")
+                if isinstance(callback, GaLore):
+                    projected += _projected(callback, model, strategy)
     with found.noting("sharding"):
         check_sharding(model, strategy)
         found.units = described(units(model, strategy))
@@ -111,12 +117,25 @@ def _examine_model(found: Findings, trainer: Trainer, rehearsal: Rehearsal) -> N
         "all": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    return projected
+
+
+def _projected(callback: GaLore, model: nn.Module, strategy: Strategy) -> list[Tensor]:
+    layers = {n: model.get_submodule(n) for n in match_targets(model, callback.selection)}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    cut = isinstance(strategy, ModelParallelStrategy)
+    chosen, _ = choose_layers(layers, trained, callback.settings, cut)
+    return [layer.get_parameter("weight") for layer in chosen.values()]
 
 
 def _examine_memory(
-    found: Findings, trainer: Trainer, rehearsal: Rehearsal, memory: int | None
+    found: Findings,
+    trainer: Trainer,
+    rehearsal: Rehearsal,
+    projected: Sequence[Tensor],
+    memory: int | None,
 ) -> None:
-    share = share_of(rehearsal.model, trainer.strategy, trainer.world_size)
+    share = share_of(rehearsal.model, trainer.strategy, trainer.world_size, projected)
     found.bytes = rank_bytes(peaks_of(rehearsal, rehearsal.training.batch_size), share)
     if memory is not None and found.bytes["peak"] > memory:
         raise ValueError(

@@ -36,21 +36,32 @@ class Share:
     exchange: int
 
 
-def share_of(model: nn.Module, strategy: Strategy, ranks: int) -> Share:
-    """Return what the rank that holds most has of ``model``, adapted and whole."""
+def share_of(
+    model: nn.Module, strategy: Strategy, ranks: int, alone: Iterable[Tensor] = ()
+) -> Share:
+    """Return what the rank that holds most has of ``model``, adapted and whole.
+
+    Args:
+        model: With shapes at least.
+        strategy: Of its fit.
+        ranks: How many share it.
+        alone: Trained weights whose gradients DDP does not average, since GaLore does.
+    """
     parts = {id(p): held(p, strategy, ranks) for p in model.parameters()}
     for p in replicated(model) if isinstance(strategy, FSDPStrategy) else ():
         parts[id(p)] = p.nbytes
     own = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     adapter = [p for p in model.parameters() if p.requires_grad or id(p) in own]
     trained = [p for p in adapter if p.requires_grad]
+    left_out = {id(p) for p in alone} if isinstance(strategy, DDPStrategy) else set()
+    averaged = [p for p in trained if id(p) not in left_out]
     sides = sum(t.nbytes for layer in model.modules() for t in side_tensors(layer))
     of_adapter = sum(parts[id(p)] for p in adapter)
     return Share(
         base=sum(parts.values()) - of_adapter + sides,
         adapter=of_adapter,
         trained=sum(parts[id(p)] for p in trained) / max(1, size(trained)),
-        exchange=exchanged(units(model, strategy), trained, strategy, ranks),
+        exchange=exchanged(units(model, strategy), averaged, strategy, ranks),
     )
 
 

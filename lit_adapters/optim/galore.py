@@ -332,7 +332,7 @@ class GaLoreEngine:
 
 
 def choose_layers(
-    layers: Mapping[str, nn.Module], stepped: Set[int], settings: Projection
+    layers: Mapping[str, nn.Module], stepped: Set[int], settings: Projection, cut: bool = False
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the layers to project, and why the others are not.
 
@@ -340,6 +340,7 @@ def choose_layers(
         layers: By name.
         stepped: Ids of the parameters in the optimizer.
         settings: What they are projected to.
+        cut: Whether ranks will hold rows of the weights, where they do not yet.
 
     Raises:
         ValueError: if there are none, or one cannot be projected as it is to be.
@@ -355,7 +356,7 @@ def choose_layers(
             ordinary[name] = reason
             continue
         weight = layer.get_parameter("weight")
-        check_side(name, weight, settings)
+        check_side(name, weight, settings, cut)
         owners[id(weight)] = name
         chosen[name] = layer
     if not chosen:

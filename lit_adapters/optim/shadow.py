@@ -169,10 +169,10 @@ def why_ordinary(layer: nn.Module, stepped: Set[int], settings: Projection) -> s
     return None
 
 
-def check_side(name: str, weight: Tensor, settings: Projection) -> None:
-    """Raise a ValueError if rows would be projected that are spread over ranks."""
+def check_side(name: str, weight: Tensor, settings: Projection, cut: bool = False) -> None:
+    """Raise a ValueError if rows would be projected that are, or will be, spread over ranks."""
     left, _ = sides(matrix_shape(weight), settings.side)
-    if is_cut(weight) and left:
+    if (cut or is_cut(weight)) and left:
         rows, columns = matrix_shape(weight)
         raise ValueError(
             f"GaLore(side={settings.side!r}) projects the rows of {name!r} ({rows} x {columns}), "

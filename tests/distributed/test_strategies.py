@@ -83,10 +83,6 @@ REFUSED = {  # under FSDP1
     "trained copies": "WholeModules puts trained copies in the place",
     "qlora in bytes": "model.layers.0 are of torch.float32 and torch.uint8",
 }
-SAMPLES = {
-    "trainer": {"limit_val_batches": 1.0},
-    "callbacks": ["SampleGenerations(limit=3, max_new_tokens=3)"],
-}
 RESUMED = ["lora", "pissa", "full"]
 FACTORS = {
     "strategy": SPREAD,
@@ -220,6 +216,20 @@ def going_on(folder, name, before, after):
     return {**METHODS[name], **longer, "strategy": after, "resume": str(last)}
 
 
+def evaluated(folder, strategy):
+    """Validate while training; then validate, test and predict; answer at every occasion."""
+    place = folder / strategy
+    scores = str(place / "scores.json")
+    return {
+        "strategy": strategy,
+        "predictions": str(place / "predictions.jsonl"),
+        "trainer": {"default_root_dir": str(place), "limit_val_batches": 1.0},
+        "callbacks": [
+            f"SampleGenerations(limit=5, max_new_tokens=3, scores_file={scores!r})"
+        ],
+    }
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
@@ -230,7 +240,7 @@ def ranks(tmp_path_factory):
     longer = {"trainer": {"max_steps": 5}}
     done.single({(name, "whole"): {**METHODS[name], **longer} for name in RESUMED})
     done.single({(name, "kept", "single"): keeping(folder, name, "single") for name in RESUMED})
-    done.single({("evaluated", "single"): {"predictions": str(folder / "single.jsonl")}})
+    done.single({("evaluated", "single"): evaluated(folder, "single")})
     window = {"batch": 2, "trainer": {"accumulate_grad_batches": 2}}
     done.pair(
         {
@@ -246,12 +256,8 @@ def ranks(tmp_path_factory):
                 for n in ("lora", "full")
                 for s in OWN_OPTIONS
             },
-            **{("samples", s): {**SAMPLES, "strategy": s} for s in SPREAD},
             ("not pinned",): {**going_on(folder, "pissa", "single", "fsdp2"), "callbacks": []},
-            **{
-                ("evaluated", s): {"strategy": s, "predictions": str(folder / f"{s}.jsonl")}
-                for s in SPREAD
-            },
+            **{("evaluated", s): evaluated(folder, s) for s in SPREAD},
         }
     )
     done.single(
@@ -330,13 +336,6 @@ def test_a_user_s_own_options_of_fsdp_are_kept(ranks, name, strategy):
         assert found["units"] == 3
         sharded = found["held"] < 0.8 * expected["held"]
         assert sharded == (strategy != "fsdp, NO_SHARD")
-
-
-@pytest.mark.parametrize("strategy", SPREAD)
-def test_answers_are_shown_while_sharded(ranks, strategy):
-    (expected,) = ranks["lora", "single"]
-    for found in ranks["samples", strategy]:
-        assert_equal_runs(found, expected)
 
 
 @pytest.mark.parametrize("strategy", SPREAD)
@@ -422,13 +421,26 @@ def test_the_adapter_folder_is_whole(ranks, name, strategy):
 
 
 @pytest.mark.parametrize("strategy", SPREAD)
-def test_validation_and_predictions_are_complete_and_in_order(ranks, strategy):
+def test_validation_and_test_are_of_all_records(ranks, strategy):
     (expected,) = ranks["evaluated", "single"]
     for found in ranks["evaluated", strategy]:
-        assert found["validation"] == pytest.approx(expected["validation"], rel=1e-5)
-    rows = (ranks.folder / f"{strategy}.jsonl").read_text()
-    assert rows == (ranks.folder / "single.jsonl").read_text()
-    assert len(rows.splitlines()) == 7
+        assert_equal_runs(found, expected)
+        for stage in ("validation", "test"):
+            assert found[stage] == pytest.approx(expected[stage], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", SPREAD)
+def test_answers_are_complete_and_in_order(ranks, strategy):
+    whole, spread = ranks.folder / "single", ranks.folder / strategy
+    for name, count in {"predictions.jsonl": 7, "samples.jsonl": 5}.items():
+        rows = (spread / name).read_text()
+        assert rows == (whole / name).read_text(), name
+        assert len(rows.splitlines()) == count
+    shown, expected = ((place / "samples.csv").read_text() for place in (spread, whole))
+    assert shown == expected  # before, at validations, after
+    scores, one = (json.loads((place / "scores.json").read_text()) for place in (spread, whole))
+    assert scores.pop("answers") == one.pop("answers")
+    assert scores == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow

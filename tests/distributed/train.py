@@ -219,6 +219,7 @@ def run(case):
     if "predictions" in case:
         trainer.limit_val_batches = 1.0
         (found["validation"],) = trainer.validate(module, data, verbose=False)
+        (found["test"],) = trainer.test(module, data, verbose=False)
         trainer.predict(module, data, return_predictions=False)
     return found
 
