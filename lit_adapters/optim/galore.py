@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_adapters.optim.decay import check_suited, decay_of, packs_moments
 from lit_adapters.optim.exchange import average_projected, share_subspace, whole_gradient
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.projection import Projector, rotate, subspace
-from lit_adapters.optim.rows import as_rows_of, own_rows
+from lit_adapters.optim.rows import as_rows_of, keep_own_gradient, own_rows
 from lit_adapters.optim.shadow import Shadowed, check_side, why_ordinary
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # linear in the gradient, so they can be rotated
@@ -90,19 +91,20 @@ class GaLoreEngine:
         self.accumulating = False
         self.pending = False
         self._arrived = False  # whether a gradient came since the last step
-        chosen, self.ordinary = choose_layers(
-            layers, {id(p) for group in optimizer.param_groups for p in group["params"]}, settings
-        )
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        chosen, self.ordinary = choose_layers(layers, {id(p) for p in stepped}, settings)
         _check_unstepped(chosen, optimizer)
         self.projected = {name: Shadowed(name, layer, settings) for name, layer in chosen.items()}
+        shadows = {id(one.weight): one.shadow for one in self.projected.values()}
+        beside = [p for p in stepped if id(p) not in shadows and isinstance(p, DTensor)]
         for group in optimizer.param_groups:
-            shadows = {id(one.weight): one.shadow for one in self.projected.values()}
             group["params"] = [shadows.get(id(p), p) for p in group["params"]]
         self._hooks = [
             *(
                 one.weight.register_post_accumulate_grad_hook(partial(self._take, one))
                 for one in self.projected.values()
             ),
+            *(p.register_post_accumulate_grad_hook(keep_own_gradient) for p in beside),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]

@@ -50,3 +50,17 @@ def all_rows(tensor: Tensor) -> Tensor:
 def place_of_rows(tensor: Tensor) -> int:
     """Return the number of this rank among those that hold rows; 0 if ``tensor`` is not cut."""
     return tensor.device_mesh.get_local_rank() if isinstance(tensor, DTensor) else 0
+
+
+@torch.no_grad()
+def keep_own_gradient(parameter: Tensor) -> None:
+    """Copy a gradient out of the buffer of all gradients of its unit, which it would keep alive.
+
+    FSDP2 reduces them into one. Those that are projected are not needed any longer.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    local = own_rows(gradient)
+    if local.untyped_storage().nbytes() > local.nbytes:
+        parameter.grad = gradient.clone()
