@@ -3,16 +3,18 @@
     python benchmarks/scaling_ranks.py [--ranks 1 2 4 --hidden 128 --layers 4 --results FOLDER]
 
 A random Llama is trained for two optimizer steps by real gloo processes, once for each strategy and
-method. In the second step every tensor that is handed to a collective is counted: the whole that an
-all-gather makes, the whole that a reduce-scatter takes, what an all-reduce or a broadcast is given.
-Held are the bytes of parameters, of gradients before the step and of the optimizer's state after
-it, on the rank that holds most. There is no clock in this.
+method. In the second step (GaLore chooses its subspaces in the first) every tensor that is handed
+to a collective is counted: the whole that an all-gather makes, the whole that a reduce-scatter
+takes, what an all-reduce or a broadcast is given. Held are the bytes of parameters, of gradients
+before the step and of the optimizer's state after it, on the rank that holds most. There is no
+clock in this.
 
 The arithmetic needs shapes only. With W the bytes of a unit's weights and T those of what is
 trained in it (units are decoder layers, and the rest, which is gathered once as the loss reads the
 head):
 
-    ddp    all-reduce T of everything; broadcast of the buffers
+    ddp    all-reduce T of everything, of what GaLore projects the rank r of m x n: m r; broadcast
+           of the buffers (DoRA's norms)
     fsdp   all-gather 2 W of every layer and W of the rest, without adapters; reduce-scatter T of
            what is trained of these; all-reduce T of the adapters
     fsdp2  all-gather 2 W of every layer and W of the rest; reduce-scatter T
@@ -27,8 +29,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +38,43 @@ from lightning.pytorch import Callback, Trainer
 from machine import named
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_adapters import AdapterFineTuneModule, DoRA, FullFineTuning, LoRA
+from lit_adapters import AdapterFineTuneModule, DoRA, FullFineTuning, GaLore, LoRA
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.check.shares import held, share_of
 from lit_adapters.estimate import Training
 from lit_adapters.estimate.memory_trace import MemoryTrace
 from lit_adapters.estimate.shapes import built_with_shapes
+from lit_adapters.optim import choose_layers
 from lit_adapters.sharding import replicated, units
+from lit_adapters.targets import match_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.distributed.traffic import Traffic  # noqa: E402
 from tests.distributed.train import STRATEGIES  # noqa: E402 - FSDP on processors is there
 
 WAYS = ("ddp", "fsdp", "fsdp2")
+GALORE = "GaLore"  # a callback beside full fine-tuning
 METHODS: dict[str, AdapterSpec] = {
     "LoRA": LoRA(rank=16),
     "DoRA": DoRA(rank=16),
     "full": FullFineTuning(),
+    GALORE: FullFineTuning(),
 }
+GALORE_RANK = 16
+CASES = [(way, method) for way in WAYS for method in METHODS if (way, method) != ("fsdp", GALORE)]
 VOCABULARY = 512
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
+OPERATIONS = {
+    "allgather": "all-gather",
+    "allgather_base": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "reduce_scatter_base": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "broadcast": "broadcast",
+}
+KINDS = set(OPERATIONS.values())
 SCALARS = 1024  # bytes at most: sums of losses and tokens, norms of gradients, a few buffers
 LLAMAS = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -74,39 +89,18 @@ Bytes = dict[str, int]
 # ---------------------------------------------------------------- measured, in every rank
 
 
-class Collectives(TorchDispatchMode):
-    """Counts the bytes that are handed to collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Count, and go on."""
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes back with the tensors inside
-        if func.namespace in ("c10d", "_c10d_functional"):
-            kind, size = _handed(func._opname, args)
-            self.bytes["scalars" if size <= SCALARS else kind] += size
-        return func(*args, **(kwargs or {}))
+def by_kind(seen: list[list[Any]], ranks: int) -> Bytes:
+    """Add up what was handed to collectives: of an all-gather, the whole that it makes."""
+    found: Bytes = {}
+    for operation, given in seen:
+        size = given * ranks if "gather" in operation else given
+        kind = OPERATIONS[operation] if size > SCALARS else "scalars"
+        found[kind] = found.get(kind, 0) + size
+    return found
 
 
-def _handed(name: str, args: Any) -> tuple[str, int]:
-    plain = name.replace("_", "")
-    if plain.startswith("allgather"):
-        functional = not name.endswith("_")  # takes a part and the number of ranks
-        return "all-gather", args[0].nbytes * args[1] if functional else _size(args[0])
-    if plain.startswith("reducescatter"):
-        return "reduce-scatter", _size(args[0] if not name.endswith("_") else args[1])
-    return {"allreduce": "all-reduce", "broadcast": "broadcast"}.get(plain, "other"), _size(args[0])
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+def size_of(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
 
 
 def local_bytes(tensors: Iterator[Tensor]) -> int:
@@ -119,7 +113,7 @@ class Watch(Callback):
     """Looks at the second step."""
 
     def __init__(self) -> None:
-        self.sent = Collectives()
+        self.sent = Traffic()
         self.held: Bytes = {}
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
@@ -161,6 +155,10 @@ def random_llama(options: argparse.Namespace) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def galore() -> GaLore:
+    return GaLore(GALORE_RANK, side="right")  # the side that all strategies have
+
+
 def fitted(way: str, method: str, options: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """Train two steps; return what was sent and held."""
     ids = torch.randint(VOCABULARY, (2, 2, 16))
@@ -171,7 +169,7 @@ def fitted(way: str, method: str, options: argparse.Namespace, ranks: int) -> di
         devices=ranks,
         strategy=STRATEGIES[way](),
         max_steps=2,
-        callbacks=[watch],
+        callbacks=[watch, *([galore()] if method == GALORE else [])],
         logger=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
@@ -181,51 +179,71 @@ def fitted(way: str, method: str, options: argparse.Namespace, ranks: int) -> di
     )
     module = AdapterFineTuneModule(random_llama(options), METHODS[method])
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    return {"sent": dict(watch.sent.bytes), "held": watch.held}
+    return {"sent": by_kind(watch.sent.seen, ranks), "held": watch.held}
 
 
 def work(options: argparse.Namespace) -> None:
     """Run all cases as one of the ranks that torchrun started."""
     torch.set_num_threads(1)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    found = {
-        f"{way} {method}": fitted(way, method, options, ranks) for way in WAYS for method in METHODS
-    }
+    found = {f"{way} {method}": fitted(way, method, options, ranks) for way, method in CASES}
     Path(options.worker, f"{ranks}-{rank}.json").write_text(json.dumps(found))
 
 
 # ---------------------------------------------------------------- arithmetic
 
 
-def sent_by_arithmetic(model: nn.Module, way: str, ranks: int) -> Bytes:
+def projected_by(model: nn.Module) -> list[Tensor]:
+    """The weights that GaLore steps in a subspace."""
+    callback = galore()
+    layers = {n: model.get_submodule(n) for n in match_targets(model, callback.selection)}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    chosen, _ = choose_layers(layers, trained, callback.settings)
+    return [layer.get_parameter("weight") for layer in chosen.values()]
+
+
+def sent_by_arithmetic(
+    model: nn.Module, way: str, ranks: int, projected: Sequence[Tensor] = ()
+) -> Bytes:
     """Bytes handed to collectives in a step of one micro-batch; see the head of this file."""
     strategy = STRATEGIES[way]()
 
     def padded(parameter: Tensor) -> int:  # what all ranks hold of it together
         return held(parameter, strategy, ranks) * ranks
 
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = size_of(p for p in model.parameters() if p.requires_grad)
     if way == "ddp":
-        buffers = _size(list(model.buffers()))
-        return {"all-reduce": _size(trained), "broadcast": buffers if buffers > SCALARS else 0}
+        low = sum(len(p) * GALORE_RANK + 1 for p in projected) * 4  # fp32; 1 says whether it is
+        buffers = size_of(model.buffers())
+        return {
+            "all-reduce": trained - size_of(projected) + low,
+            "broadcast": buffers if buffers > SCALARS else 0,
+        }
     *layers, rest = (unit.parameters for unit in units(model, strategy))
-    sharded = [p for layer in (*layers, rest) for p in layer]
+    sharded = [p for unit in (*layers, rest) for p in unit]
     apart = replicated(model) if way == "fsdp" else []
     return {
         "all-gather": sum(2 * padded(p) for layer in layers for p in layer)
         + sum(map(padded, rest)),
         "reduce-scatter": sum(padded(p) for p in sharded if p.requires_grad),
-        "all-reduce": _size([p for p in apart if p.requires_grad]),
+        "all-reduce": size_of(p for p in apart if p.requires_grad),
     }
 
 
-def held_by_arithmetic(model: nn.Module, way: str, ranks: int) -> Bytes:
-    """Bytes of the rank that holds most: AdamW keeps two numbers for each that is trained."""
-    share = share_of(model, STRATEGIES[way](), ranks)
-    trained = _size([p for p in model.parameters() if p.requires_grad])
-    stepped = round(share.trained * trained)
+def held_by_arithmetic(
+    model: nn.Module, way: str, ranks: int, projected: Sequence[Tensor] = ()
+) -> Bytes:
+    """Bytes of the rank that holds most: AdamW keeps two numbers for each that is stepped."""
+    strategy = STRATEGIES[way]()
+    share = share_of(model, strategy, ranks)
+    trained = size_of(p for p in model.parameters() if p.requires_grad)
+    own = {True: 0, False: 0}
+    for p in projected:
+        own[True] += held(p, strategy, ranks)
+        own[False] += held(p[:, :GALORE_RANK], strategy, ranks)  # in its place
+    stepped = round(share.trained * trained) - own[True] + own[False]
     return {
-        "weights": share.base + share.adapter,
+        "weights": share.base + share.adapter + own[False],
         "gradients": stepped,
         "optimizer": 2 * stepped,
     }
@@ -259,11 +277,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         for ranks in options.ranks:
             of_ranks = run_ranks(ranks, options, Path(name))
-            for way, method in ((way, method) for way in WAYS for method in METHODS):
+            for way, method in CASES:
                 found = [one[f"{way} {method}"] for one in of_ranks]
                 module = AdapterFineTuneModule(random_llama(options), METHODS[method])
                 module.configure_model()
-                sent = sent_by_arithmetic(module.model, way, ranks)
+                projected = projected_by(module.model) if method == GALORE else []
+                sent = sent_by_arithmetic(module.model, way, ranks, projected)
+                kept = held_by_arithmetic(module.model, way, ranks, projected)
                 rows.append(
                     {
                         "ranks": ranks,
@@ -274,7 +294,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                         "held": {
                             key: max(one["held"][key] for one in found) for key in found[0]["held"]
                         },
-                        "held_arithmetic": held_by_arithmetic(module.model, way, ranks),
+                        "held_arithmetic": kept,
                     }
                 )
     return rows
@@ -318,7 +338,7 @@ def measured_table(rows: list[dict[str, Any]]) -> list[str]:
             "ratio"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "---:|" * (len(head) - 3)]
     for row in rows:
-        sent = sum(row["sent"].get(kind, 0) for kind in (*KINDS, "other"))
+        sent = sum(row["sent"].get(kind, 0) for kind in KINDS)
         expected = sum(row["sent_arithmetic"].values()) if row["ranks"] > 1 else 0
         cells = [
             str(row["ranks"]), row["strategy"], row["method"], kilo(sent), kilo(expected),

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 SENT = {
     "c10d::allreduce_": 0,
     "c10d::broadcast_": 0,
+    "c10d::allgather_": 1,
     "c10d::_allgather_base_": 1,
     "c10d::_reduce_scatter_base_": 1,
     "_c10d_functional::all_gather_into_tensor": 0,
