@@ -1,0 +1,224 @@
+"""Attach, save, load and merge beside PEFT, and the bytes of what is written.
+
+    python benchmarks/checkpoint.py [--hidden 512 --layers 8 --rounds 7 --methods LoRA DoRA --json]
+
+A random Llama, all linear layers, one thread, shuffled turns; copies of the base are made outside
+the clock. Our folders carry a fingerprint of the base and a digest of the weights, and loading
+checks both; PEFT's carry neither. The folder that ours writes is loaded by PEFT, and PEFT's by us,
+and the logits are compared. "process" is the CPU's time, "wall" has the disk in it.
+"""
+
+import argparse
+import copy
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from measuring import Times, against, race, seconds_of
+from reporting import Row, parser, publish
+from rivals import TARGETS, equalise, llama, shake, token_ids, trained, with_peft
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lit_adapters import DoRA, LoRA, attach, load_adapter, merge, save_adapter
+from lit_adapters.adapters import AdapterSpec
+
+Step = Callable[[], object]
+METHODS: dict[str, Callable[[int], AdapterSpec]] = {
+    "LoRA": lambda rank: LoRA(rank, 2 * rank, targets=TARGETS),
+    "DoRA": lambda rank: DoRA(rank, 2 * rank, targets=TARGETS),
+}
+
+
+def attached(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+    attach(model, spec, seed=0)
+    return model
+
+
+def peft_config(method: str, rank: int) -> Any:
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=TARGETS, use_dora=method == "DoRA"
+    )
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    found: Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+def loaded(model: nn.Module, folder: Path) -> nn.Module:
+    load_adapter(model, folder)
+    return model
+
+
+def apart(bare: nn.Module, mine: Path, other: Path, ids: Tensor, expected: Tensor) -> float:
+    """The largest deviation of logits when each side loads either folder, relative to the base's.
+
+    ``expected`` is of the adapter that was saved.
+    """
+    moved = (expected - logits(copy.deepcopy(bare), ids)).abs().max()
+    loads = (loaded, lambda model, folder: peft.PeftModel.from_pretrained(model, str(folder)))
+    off = [
+        (logits(load(copy.deepcopy(bare), folder), ids) - expected).abs().max()
+        for load in loads
+        for folder in (mine, other)
+    ]
+    return float(max(off) / moved)
+
+
+def resume_bytes(model: nn.Module, folder: Path) -> tuple[int, int]:
+    """Bytes of adapter and AdamW's state, as a checkpoint holds them, and of the whole model's."""
+    sizes = []
+    for parameters in (trained(model), list(model.parameters())):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = AdamW(parameters)
+        optimizer.step()
+        tensors = [p.detach() for p in parameters]
+        torch.save({"weights": tensors, "optimizer": optimizer.state_dict()}, folder / "last.ckpt")
+        sizes.append((folder / "last.ckpt").stat().st_size)
+    return sizes[0], sizes[1]
+
+
+class Measured(NamedTuple):
+    """Of one method."""
+
+    works: list[Row]
+    held: list[Row]
+    off: float  # logits of either folder in either library
+    seconds: dict[str, dict[str, Times]]
+
+
+def measure(method: str, options: argparse.Namespace, folder: Path) -> Measured:
+    bare = llama(options.hidden, options.layers, options.vocabulary).eval()
+    spec, config = METHODS[method](options.rank), peft_config(method, options.rank)
+    ours = shake(attached(copy.deepcopy(bare), spec))
+    theirs = with_peft(copy.deepcopy(bare), config)
+    equalise(ours, theirs)
+    mine, other = folder / "ours", folder / "peft"
+    fresh: list[nn.Module] = []
+
+    def copied(model: nn.Module) -> Step:
+        return lambda: fresh.append(copy.deepcopy(model))
+
+    def load(folder: Path, ours: bool) -> None:
+        model = fresh.pop()
+        loaded(model, folder) if ours else peft.PeftModel.from_pretrained(model, str(folder))
+
+    # Work: what each side does, and what it needs before.
+    works: dict[str, tuple[dict[str, Step], dict[str, Step]]] = {
+        "attach": (
+            {
+                "ours": lambda: attached(fresh.pop(), spec),
+                "again": lambda: attached(fresh.pop(), spec),
+                "peft": lambda: with_peft(fresh.pop(), config),
+            },
+            dict.fromkeys(("ours", "again", "peft"), copied(bare)),
+        ),
+        "save": (
+            {
+                "ours": lambda: save_adapter(ours, mine),
+                "again": lambda: save_adapter(ours, mine),
+                "peft": lambda: theirs.save_pretrained(str(other)),
+            },
+            {},
+        ),
+        "load": (
+            {
+                "ours": partial(load, mine, True),
+                "again": partial(load, mine, True),
+                "peft": partial(load, other, False),
+            },
+            dict.fromkeys(("ours", "again", "peft"), copied(bare)),
+        ),
+        "merge": (
+            {
+                "ours": lambda: merge(fresh.pop()),
+                "again": lambda: merge(fresh.pop()),
+                "peft": lambda: fresh.pop().merge_and_unload(),  # type: ignore[operator]
+            },
+            {"ours": copied(ours), "again": copied(ours), "peft": copied(theirs)},
+        ),
+    }
+    rows: list[Row] = []
+    seconds = {}
+    for work, (all_sides, prepare) in works.items():
+        seconds[work] = times = race(all_sides, options.rounds, prepare=prepare, warm_ups=1)
+        ratio = against(times["ours"], times["peft"])
+        rows.append(
+            {
+                "work": f"{method}: {work}",
+                "ours": f"{times['ours'].median * 1e3:.1f} ms",
+                "PEFT": f"{times['peft'].median * 1e3:.1f} ms",
+                "minima": ratio["minima"],
+                "medians": ratio["medians"],
+                "wall": ratio["wall"],
+                "spread": times["ours"].spread,
+                "A/A": against(times["again"], times["ours"])["minima"],
+            }
+        )
+    ids = token_ids(options.vocabulary, 2, 16)
+    off = apart(bare, mine, other, ids, logits(ours, ids))
+    small, whole = resume_bytes(ours, folder)
+    held: list[Row] = [
+        {
+            "bytes": f"{method}: adapter folder, against PEFT's",
+            "ours": f"{size(mine):,}",
+            "against": f"{size(other):,}",
+            "ratio": size(mine) / size(other),
+        },
+        {
+            "bytes": f"{method}: weights and AdamW's state to resume, against those of everything",
+            "ours": f"{small:,}",
+            "against": f"{whole:,}",
+            "ratio": small / whole,
+        },
+    ]
+    return Measured(rows, held, off, seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = parser(__doc__, "checkpoint")
+    sizes = {"hidden": 512, "layers": 8, "vocabulary": 8192, "rank": 8, "rounds": 7}
+    for name, value in sizes.items():
+        made.add_argument(f"--{name}", type=int, default=value)
+    made.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    options = made.parse_args(arguments)
+    torch.set_num_threads(1)
+    random.seed(0)
+    found = {}
+    for method in options.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            found[method] = measure(method, options, Path(folder))
+    off = max(one.off for one in found.values())
+    publish(
+        options,
+        ("transformers", "peft"),
+        {
+            f"{options.layers} x {options.hidden}, rank {options.rank}": [
+                row for one in found.values() for row in one.works
+            ],
+            "Bytes": [row for one in found.values() for row in one.held],
+        },
+        "Ratios are ours / PEFT; seconds are process time of one thread. Logits of either side's "
+        f"folder in either library are off by {off:.0e} of what the adapter changes.",
+        logits_off=off,
+        seconds={
+            method: {work: seconds_of(times) for work, times in one.seconds.items()}
+            for method, one in found.items()
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
