@@ -17,13 +17,15 @@ function for all. Orders of records differ, so losses agree to about two digits 
 """
 
 import argparse
+import io
 import json
 import logging
 import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -40,6 +42,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from lit_adapters import AdapterFineTuneModule, InstructionDataModule, LoRA
 from lit_adapters.base_model import load_tokenizer, resolve_base
@@ -226,10 +229,21 @@ def measure(
     return rows, times
 
 
-def quiet() -> None:
-    for name in ("lightning.pytorch", "lit_adapters", "transformers", "trl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what trainers say of themselves."""
+    known = [logging.getLogger(n) for n in ("lightning.pytorch", "lit_adapters", "transformers")]
+    levels = [logger.level for logger in known]
+    for logger in known:
+        logger.setLevel(logging.ERROR)
+    disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(known, levels, strict=True):
+            logger.setLevel(level)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -244,49 +258,53 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return made.parse_args(arguments)
 
 
+def run(
+    options: argparse.Namespace, folder: Path
+) -> tuple[list[Row], dict[str, Times], int, float]:
+    """The table, every turn, the number of tokens, and the loss before."""
+    (folder / "records").mkdir()
+    records(options, folder / "records")
+    tokenizer = load_tokenizer("tiny" if options.base == "random" else options.base)
+    base = str(folder) if options.base == "random" else resolve_base(options.base)
+    if options.base == "random":
+        more = {"max_position_embeddings": options.max_length, "pad_token_id": 0}
+        llama(options.hidden, options.layers, options.vocabulary, **more).save_pretrained(base)
+
+    def new() -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return model
+
+    data = {"path": str(folder / "records"), "batch_size": options.batch_size}
+    data["max_length"] = options.max_length
+    examples, held_out = encoded(data, tokenizer)
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    all_sides = sides(data, tokenizer, examples, options)
+    before = held_out_loss(new(), held_out)
+    rows, times = measure(all_sides, new, held_out, options.rounds, tokens)
+    return rows, times, tokens, before
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     torch.set_num_threads(1)
     random.seed(0)
-    quiet()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "records").mkdir()
-        records(options, folder / "records")
-        tokenizer = load_tokenizer("tiny" if options.base == "random" else options.base)
-        base = name if options.base == "random" else resolve_base(options.base)
-        if options.base == "random":
-            more = {"max_position_embeddings": options.max_length, "pad_token_id": 0}
-            llama(options.hidden, options.layers, options.vocabulary, **more).save_pretrained(name)
-
-        def new() -> nn.Module:
-            torch.manual_seed(0)
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-            return model
-
-        data = {"path": str(folder / "records"), "batch_size": options.batch_size}
-        data["max_length"] = options.max_length
-        examples, held_out = encoded(data, tokenizer)
-        tokens = sum(len(example["input_ids"]) for example in examples)
-        all_sides = sides(data, tokenizer, examples, options)
-        before = held_out_loss(new(), held_out)
-        rows, times = measure(all_sides, new, held_out, options.rounds, tokens)
+    with tempfile.TemporaryDirectory() as name, quiet():
+        rows, times, tokens, before = run(options, Path(name))
     packages = ["lightning", "transformers", "peft"]
-    missing = ""
-    if PACKED in all_sides:
+    notes = (
+        f"{options.records} records, {tokens:,} tokens. Process time of one thread. The loss was "
+        f"{before:.3f} before."
+    )
+    if PACKED in times:
         packages.append("trl")
     else:
-        missing = " TRL is not installed, so its row is missing: pip install 'lit_adapters[bench]'."
-    notes = (
-        f"{len(examples)} records, {tokens:,} tokens. Process time of one thread. The loss was "
-        f"{before:.3f} before.{missing}"
-    )
+        notes += " TRL is not installed, so its row is missing: pip install 'lit_adapters[bench]'."
     size = f"a random Llama of {options.layers} x {options.hidden}"
-    title = f"One epoch of LoRA on {size if options.base == 'random' else options.base}"
     publish(
         options,
         packages,
-        {title: rows},
+        {f"One epoch of LoRA on {size if options.base == 'random' else options.base}": rows},
         notes,
         tokens=tokens,
         loss_before=before,

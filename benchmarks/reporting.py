@@ -10,7 +10,7 @@ from typing import Any
 from machine import named
 
 RESULTS = Path(__file__).resolve().parent / "results"
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:

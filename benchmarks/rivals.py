@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+Loss = Callable[[nn.Module, Tensor], Tensor]  # of a model on token ids
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -107,13 +108,13 @@ def no_gradients_left(*models: nn.Module) -> Iterator[None]:
 
 
 def gradients_off(
-    ours: nn.Module, theirs: nn.Module, loss: Callable[[nn.Module], Tensor]
+    ours: nn.Module, theirs: nn.Module, loss: Loss, their_loss: Loss, ids: Tensor
 ) -> tuple[float, float]:
     """Relative deviation of the loss, and the largest of a gradient (norm of the difference)."""
     with no_gradients_left(ours, theirs):
-        values = [loss(model) for model in (ours, theirs)]
+        values = [loss(ours, ids), their_loss(theirs, ids)]
         for value in values:
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
         off = 0.0
         for mine, other in pairs(ours, theirs):
             if mine.grad is None or other.grad is None:
@@ -121,4 +122,5 @@ def gradients_off(
             expected = other.grad.float().flatten()
             difference = (mine.grad.float().flatten() - expected).norm()
             off = max(off, float(difference / expected.norm().clamp(min=1e-30)))
-        return abs(float(values[0] - values[1])) / abs(float(values[1])), off
+        mine_value, other_value = (value.item() for value in values)
+        return abs(mine_value - other_value) / abs(other_value), off

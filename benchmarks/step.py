@@ -25,6 +25,7 @@ from measuring import Times, against, peak_of, race, saved_bytes, seconds_of
 from reporting import Row, parser, publish
 from rivals import (
     TARGETS,
+    Loss,
     equalise,
     gradients_off,
     llama,
@@ -40,12 +41,12 @@ from torch.optim import AdamW
 from lit_adapters import DoRA, FullFineTuning, LLaMAAdapter, LoRA, PiSSA, attach, initialise
 from lit_adapters.adapters import AdapterSpec, LoRAAdapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.losses import LossKind
 from lit_adapters.model_loss import ModelLoss
 from lit_adapters.recompute import recompute_activations
 from lit_adapters.weights import read_weight, write_weight
 
 BOUND, REFERENCE, AGAIN = "frozen base", "LoRA", "LoRA again (A/A)"
-Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Side:
         optimizer = AdamW(parameters, lr=1e-4, fused=True) if parameters else None
 
         def step() -> None:
-            self.loss(self.model, ids).backward()  # type: ignore[no-untyped-call]
+            self.loss(self.model, ids).backward()
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -82,8 +83,8 @@ def bound_loss(model: Any, ids: Tensor) -> Tensor:
     return loss
 
 
-def our_loss() -> Loss:
-    compute = ModelLoss()
+def our_loss(kind: LossKind = "auto") -> Loss:
+    compute = ModelLoss(kind)
 
     def loss(model: nn.Module, ids: Tensor) -> Tensor:
         sums = compute(model, {"input_ids": ids, "use_cache": False}, ids, False)
@@ -179,8 +180,7 @@ def compared(all_sides: dict[str, Side], ids: Tensor) -> dict[str, tuple[float, 
     for name, side in all_sides.items():
         if side.peer is not None and "dropout" not in name:
             other = all_sides[side.peer]
-            both = iter((side.loss, other.loss))
-            found[name] = gradients_off(side.model, other.model, lambda m: next(both)(m, ids))  # noqa: B023
+            found[name] = gradients_off(side.model, other.model, side.loss, other.loss, ids)
     return found
 
 
