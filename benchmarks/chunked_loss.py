@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from measuring import peak_of
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_adapters import FullFineTuning, LoRA, attach
@@ -79,14 +79,8 @@ def gradients(model: nn.Module, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
 def peak(model: nn.Module, step: Step) -> float:
     """MB held at most above what was held before."""
     model.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
+    most = peak_of(step)
     model.zero_grad()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
     return most / 1e6
 
 

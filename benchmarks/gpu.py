@@ -89,6 +89,11 @@ def missing_packages() -> dict[str, str]:
         SystemExit: if nothing can.
     """
     lacking = [name for name in NEEDED if find_spec(name) is None]
+    if not lacking:
+        try:
+            import step  # noqa: F401
+        except ModuleNotFoundError as error:  # what those need, or we
+            lacking = [str(error.name)]
     if lacking:
         raise SystemExit(
             f"this benchmark needs {' and '.join(lacking)}, not installed here: pip install -e ."

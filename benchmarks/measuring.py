@@ -111,7 +111,11 @@ def seconds_of(times: Mapping[str, Times]) -> dict[str, Any]:
 
 
 def peak_of(step: Step, device: str = "cpu") -> int:
-    """Bytes held at most above what was held before: by the allocator, so it does not vary."""
+    """Bytes held at most above what was held before: by the allocator, so it does not vary.
+
+    The profiler does not see what was there before and is freed. Counted from an earlier step on,
+    which it then does see, peaks were the same.
+    """
     if on_cuda(device):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

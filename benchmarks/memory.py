@@ -22,18 +22,17 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from machine import named
+from measuring import peak_of, timed
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -210,40 +209,6 @@ def galore(
     return GaLoreEngine(layers, optimizer, settings, seed=0)
 
 
-def peak_of(step: Callable[[], None], device: str) -> int:
-    """Bytes held at most above what was held before.
-
-    The profiler does not see what was there before and is freed (GaLore's old subspaces). Counted
-    from an earlier step on, which it then does see, every peak here was the same.
-    """
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def seconds_of(step: Callable[[], None], device: str) -> float:
-    if not device.startswith("cuda"):
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measured(name: str, job: Job, device: str) -> Row:
     job.step()  # makes the optimizer's state, and GaLore's first subspaces
     held = job.bytes_of_weights(), job.bytes_of_galore(), optimizer_bytes(job.optimizer)
@@ -254,7 +219,7 @@ def measured(name: str, job: Job, device: str) -> Row:
 def race(jobs: dict[str, Job], rows: list[Row], rounds: int, device: str, tick: Tick) -> None:
     for _ in range(rounds):
         for row in random.sample(rows, len(rows)):
-            row.seconds.append(seconds_of(jobs[row.method].step, device))
+            row.seconds.append(timed(jobs[row.method].step, device)[0])
             tick(f"time: {row.method}")
 
 
@@ -274,7 +239,7 @@ def windows(folder: Path, options: argparse.Namespace, tick: Tick) -> list[Row]:
     for name, method in WINDOWS.items():
         job = build(method, folder, options)
         rows.append(measured(name, job, options.device))
-        rows[-1].seconds.append(seconds_of(job.step, options.device))
+        rows[-1].seconds.append(timed(job.step, options.device)[0])
         del job
         gc.collect()
         tick(f"GaLore: {name}")
