@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SPREAD = ["ddp", "fsdp", "fsdp2"]
 EVERY = ["single", *SPREAD]
 OWN_OPTIONS = ["fsdp, own units", "fsdp, SHARD_GRAD_OP", "fsdp, NO_SHARD"]
-LIMIT = 400  # seconds for a pair; a case takes one
+LIMIT = 1200  # seconds for a pair; a case takes one where nothing else runs
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="gloo and FSDP on Linux"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
 ]
 
 BF16 = {
@@ -224,9 +224,7 @@ def evaluated(folder, strategy):
         "strategy": strategy,
         "predictions": str(place / "predictions.jsonl"),
         "trainer": {"default_root_dir": str(place), "limit_val_batches": 1.0},
-        "callbacks": [
-            f"SampleGenerations(limit=5, max_new_tokens=3, scores_file={scores!r})"
-        ],
+        "callbacks": [f"SampleGenerations(limit=5, max_new_tokens=3, scores_file={scores!r})"],
     }
 
 
