@@ -13,7 +13,6 @@ import copy
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +89,26 @@ def resume_bytes(model: nn.Module, folder: Path) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
+class Work(NamedTuple):
+    """What each side does, and the model of which it needs a fresh copy for that."""
+
+    ours: Step
+    peft: Step
+    mine: nn.Module | None = None
+    other: nn.Module | None = None
+
+    def raced(self, fresh: list[nn.Module], rounds: int) -> dict[str, Times]:
+        """Run both sides, and ours once more, in shuffled turns."""
+        models = {"ours": self.mine, "again": self.mine, "peft": self.other}
+        prepare = {
+            name: lambda model=model: fresh.append(copy.deepcopy(model))
+            for name, model in models.items()
+            if model is not None
+        }
+        sides = {"ours": self.ours, "again": self.ours, "peft": self.peft}
+        return race(sides, rounds, prepare=prepare, warm_ups=1)
+
+
 class Measured(NamedTuple):
     """Of one method."""
 
@@ -100,73 +119,30 @@ class Measured(NamedTuple):
 
 
 def measure(method: str, options: argparse.Namespace, folder: Path) -> Measured:
-    bare = llama(options.hidden, options.layers, options.vocabulary).eval()
+    bare: nn.Module = llama(options.hidden, options.layers, options.vocabulary).eval()
     spec, config = METHODS[method](options.rank), peft_config(method, options.rank)
     ours = shake(attached(copy.deepcopy(bare), spec))
-    theirs = with_peft(copy.deepcopy(bare), config)
+    theirs: Any = with_peft(copy.deepcopy(bare), config)
     equalise(ours, theirs)
     mine, other = folder / "ours", folder / "peft"
-    fresh: list[nn.Module] = []
-
-    def copied(model: nn.Module) -> Step:
-        return lambda: fresh.append(copy.deepcopy(model))
-
-    def load(folder: Path, ours: bool) -> None:
-        model = fresh.pop()
-        loaded(model, folder) if ours else peft.PeftModel.from_pretrained(model, str(folder))
-
-    # Work: what each side does, and what it needs before.
-    works: dict[str, tuple[dict[str, Step], dict[str, Step]]] = {
-        "attach": (
-            {
-                "ours": lambda: attached(fresh.pop(), spec),
-                "again": lambda: attached(fresh.pop(), spec),
-                "peft": lambda: with_peft(fresh.pop(), config),
-            },
-            dict.fromkeys(("ours", "again", "peft"), copied(bare)),
+    fresh: list[Any] = []
+    works = {
+        "attach": Work(
+            lambda: attached(fresh.pop(), spec), lambda: with_peft(fresh.pop(), config), bare, bare
         ),
-        "save": (
-            {
-                "ours": lambda: save_adapter(ours, mine),
-                "again": lambda: save_adapter(ours, mine),
-                "peft": lambda: theirs.save_pretrained(str(other)),
-            },
-            {},
+        "save": Work(lambda: save_adapter(ours, mine), lambda: theirs.save_pretrained(str(other))),
+        "load": Work(
+            lambda: loaded(fresh.pop(), mine),
+            lambda: peft.PeftModel.from_pretrained(fresh.pop(), str(other)),
+            bare,
+            bare,
         ),
-        "load": (
-            {
-                "ours": partial(load, mine, True),
-                "again": partial(load, mine, True),
-                "peft": partial(load, other, False),
-            },
-            dict.fromkeys(("ours", "again", "peft"), copied(bare)),
-        ),
-        "merge": (
-            {
-                "ours": lambda: merge(fresh.pop()),
-                "again": lambda: merge(fresh.pop()),
-                "peft": lambda: fresh.pop().merge_and_unload(),  # type: ignore[operator]
-            },
-            {"ours": copied(ours), "again": copied(ours), "peft": copied(theirs)},
+        "merge": Work(
+            lambda: merge(fresh.pop()), lambda: fresh.pop().merge_and_unload(), ours, theirs
         ),
     }
-    rows: list[Row] = []
-    seconds = {}
-    for work, (all_sides, prepare) in works.items():
-        seconds[work] = times = race(all_sides, options.rounds, prepare=prepare, warm_ups=1)
-        ratio = against(times["ours"], times["peft"])
-        rows.append(
-            {
-                "work": f"{method}: {work}",
-                "ours": f"{times['ours'].median * 1e3:.1f} ms",
-                "PEFT": f"{times['peft'].median * 1e3:.1f} ms",
-                "minima": ratio["minima"],
-                "medians": ratio["medians"],
-                "wall": ratio["wall"],
-                "spread": times["ours"].spread,
-                "A/A": against(times["again"], times["ours"])["minima"],
-            }
-        )
+    seconds = {name: work.raced(fresh, options.rounds) for name, work in works.items()}
+    rows = [row_of(f"{method}: {name}", times) for name, times in seconds.items()]
     ids = token_ids(options.vocabulary, 2, 16)
     off = apart(bare, mine, other, ids, logits(ours, ids))
     small, whole = resume_bytes(ours, folder)
@@ -185,6 +161,20 @@ def measure(method: str, options: argparse.Namespace, folder: Path) -> Measured:
         },
     ]
     return Measured(rows, held, off, seconds)
+
+
+def row_of(name: str, times: dict[str, Times]) -> Row:
+    ratio = against(times["ours"], times["peft"])
+    return {
+        "work": name,
+        "ours": f"{times['ours'].median * 1e3:.1f} ms",
+        "PEFT": f"{times['peft'].median * 1e3:.1f} ms",
+        "minima": ratio["minima"],
+        "medians": ratio["medians"],
+        "wall": ratio["wall"],
+        "spread": times["ours"].spread,
+        "A/A": against(times["again"], times["ours"])["minima"],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
