@@ -1,6 +1,6 @@
 """A LoRA step against PEFT's by work that can be counted: products, and the peak of the allocator.
 
-A clock would be noise here; benchmarks/lora_against_peft.py has one.
+A clock would be noise here; benchmarks/step.py has one.
 """
 
 import copy
