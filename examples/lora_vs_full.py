@@ -1,6 +1,6 @@
 """LoRA against full fine-tuning, after Anyscale's study of Llama 2 (2023), at the embedded size.
 
-python examples/lora_vs_full.py [--seeds 1 2 3] [--steps 150] [--processes 2] [--json FILE]
+python examples/lora_vs_full.py [--seeds 1 2 3] [--steps 240] [--processes 2] [--json FILE]
 
 Every run trains the embedded base on the embedded data, all three tasks together, and answers the
 held-out records. The study's questions, each a group of runs:
@@ -331,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--answers", type=int, default=80, help="held-out records answered")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/lora_vs_full"))
