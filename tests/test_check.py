@@ -92,6 +92,15 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_a_quantised_weight_counts_with_the_numbers_it_stands_for(capsys):
+    pytest.importorskip("bitsandbytes")
+    _, found = check(capsys, "--devices=2", "--strategy=fsdp2", "--model.quantization=nf4")
+    _, plain = check(capsys, "--devices=2", "--strategy=fsdp2")
+    assert found["parameters"] == plain["parameters"]
+    assert found["bytes"]["base"] < 0.5 * plain["bytes"]["base"]
+    assert found["units"][0]["dtypes"] == ["float32", "uint8"]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_fit_would_refuse(capsys, name):
     words, expected = REFUSED[name]

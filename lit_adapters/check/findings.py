@@ -19,6 +19,7 @@ from lit_adapters.check.shares import rank_bytes, share_of
 from lit_adapters.estimate.estimation import peaks_of
 from lit_adapters.estimate.rehearsal import Rehearsal
 from lit_adapters.estimate.shapes import Training
+from lit_adapters.footprint import footprint
 from lit_adapters.optim import choose_layers, parameter_groups
 from lit_adapters.sharding import Unit, check_optimizer, check_sharding, units
 from lit_adapters.targets import match_targets
@@ -113,10 +114,8 @@ def _examine_model(found: Findings, trainer: Trainer, rehearsal: Rehearsal) -> l
         module = rehearsal.module
         groups = parameter_groups(model, module.lora_plus_ratio, module.embedding_lr)
         check_optimizer(module.optimizer_factory(groups), strategy)
-    found.parameters = {
-        "all": sum(p.numel() for p in model.parameters()),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    sizes = footprint(model)
+    found.parameters = {"all": sizes.total, "trained": sizes.trainable}
     return projected
 
 
