@@ -6,8 +6,8 @@ A random Llama is trained for two optimizer steps by real gloo processes, once f
 method. In the second step (GaLore chooses its subspaces in the first) every tensor that is handed
 to a collective is counted: the whole that an all-gather makes, the whole that a reduce-scatter
 takes, what an all-reduce or a broadcast is given. Held are the bytes of parameters, of gradients
-before the step and of the optimizer's state after it, on the rank that holds most. There is no
-clock in this.
+before the step and of the optimizer's state after it, on the rank that holds most; GaLore's
+subspaces, which every rank has, are not among them. There is no clock in this.
 
 The arithmetic needs shapes only. With W the bytes of a unit's weights and T those of what is
 trained in it (units are decoder layers, and the rest, which is gathered once as the loss reads the
