@@ -1,6 +1,7 @@
 """The LightningModule that trains: a base, an adapter on it, an optimizer over the adapter."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import signature
 from typing import Any, cast
 
@@ -17,9 +18,10 @@ from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
-from lit_adapters.callbacks.load_check import remember_base
+from lit_adapters.callbacks.load_check import WHOLE, remember_base
 from lit_adapters.callbacks.spikes import SpikeGuard
 from lit_adapters.causal_lm import Batch, CausalLMModule
+from lit_adapters.fingerprint import remember_fingerprint
 from lit_adapters.fit_loaders import resume_loaders
 from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
 from lit_adapters.guards import (
@@ -30,6 +32,7 @@ from lit_adapters.guards import (
     check_tokens,
     warn_if_rounded,
 )
+from lit_adapters.loading_once import build_once, machine_of, obstacle_of
 from lit_adapters.losses import LossKind
 from lit_adapters.optim import (
     fuse,
@@ -205,6 +208,16 @@ class AdapterFineTuneModule(CausalLMModule):
             make_portable(self)
         if self._built:
             return
+        machine = machine_of(strategy)
+        built = build_once(machine, self._build, partial(obstacle_of, self))
+        for name, value in built.items():
+            setattr(self, name, value)
+        self.model = shard(self.model, strategy, machine)
+        self._built = True
+
+    def _build(self) -> dict[str, Any]:
+        """Make the model that is trained; return what sharding would leave unknown, by name."""
+        sharded = is_sharded(getattr(self._trainer, "strategy", None))
         if self.base is not None:
             precision = str(getattr(self._trainer, "precision", "32-true"))
             self.model = load_base(
@@ -224,13 +237,17 @@ class AdapterFineTuneModule(CausalLMModule):
         self.packing_obstacle = keep_rows_apart(self.model)
         for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
             if isinstance(callback, InitAdapters):
-                callback.initialise(self, self.model)
+                callback.initialise(self, self.model, agree=not sharded)
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
-        if is_sharded(strategy):
+        if sharded:
             self._sizes = footprint(self.model)
             remember_base(self)
-        self.model = shard(self.model, strategy)
-        self._built = True
+            remember_fingerprint(self.model)
+        return {
+            name: getattr(self, name)
+            for name in ("model", "packing_obstacle", "_sizes", WHOLE)
+            if hasattr(self, name)
+        }
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True

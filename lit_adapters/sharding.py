@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,9 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_adapters.adapters import Adapter
 from lit_adapters.fingerprint import remember_fingerprint
+from lit_adapters.loading_once import Held, Machine, held_by, outside
 from lit_adapters.spread import note_pieces, whole
 
 Result = TypeVar("Result")
+Fill = Callable[[Sequence[Held]], None]
 
 
 class Unit(NamedTuple):
@@ -55,7 +58,7 @@ def spread_over_all(strategy: Strategy) -> None:
         )
 
 
-def shard(model: Any, strategy: Strategy | None) -> Any:
+def shard(model: Any, strategy: Strategy | None, machine: Machine | None = None) -> Any:
     """Return ``model``, adapted and initialised, spread over the devices of ``strategy``.
 
     Each decoder layer is a unit, and the rest is one. Under FSDP2 adapters are sharded with their
@@ -63,20 +66,32 @@ def shard(model: Any, strategy: Strategy | None) -> Any:
     every rank holds them, and `average_gradients` does for them what FSDP does for the rest.
 
     Args:
-        model: Whole and equal on all ranks.
+        model: Of the same structure on all ranks, with values at least where ``machine`` reads.
         strategy: FSDP or FSDP2; any other leaves the model as it is.
+        machine: Gives all ranks the same values, a unit at a time; None if this rank is alone.
     """
     if isinstance(strategy, FSDPStrategy):
         remember_fingerprint(model)
-        return _wrap(model, strategy)
+        return _wrap(model, strategy, _filling(machine, strategy))
     if isinstance(strategy, ModelParallelStrategy):
         remember_fingerprint(model)
+        fill = _filling(machine, strategy)
         mesh = strategy.device_mesh["data_parallel"]
-        for _, layer in decoder_layers(model):
+        layers = [layer for _, layer in decoder_layers(model)]
+        rest = outside(model, layers)
+        for layer in layers:
+            fill(held_by(layer))
             fully_shard(layer, mesh=mesh)
+        fill(rest)
         # The head is read after the forward pass, by the loss.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
+
+
+def _filling(machine: Machine | None, strategy: Strategy) -> Fill:
+    if machine is None:
+        return lambda held: None
+    return partial(machine.fill, device=strategy.root_device)
 
 
 def is_sharded(strategy: Strategy | None) -> bool:
@@ -180,10 +195,11 @@ def _check_uniform(unit: Unit) -> None:
         )
 
 
-def _wrap(model: nn.Module, strategy: FSDPStrategy) -> nn.Module:
+def _wrap(model: nn.Module, strategy: FSDPStrategy, fill: Fill) -> nn.Module:
     check_sharding(model, strategy)
     for module in model.modules():
         if isinstance(module, Adapter):
+            fill(held_by(module))
             module.to(strategy.root_device)  # FSDP moves what it shards
     whole_ones = replicated(model)
     ignored = {id(p) for p in whole_ones}
@@ -192,10 +208,14 @@ def _wrap(model: nn.Module, strategy: FSDPStrategy) -> nn.Module:
     options = {"ignored_states": whole_ones, "mixed_precision": strategy.mixed_precision}
     everything = [p for p in model.parameters() if id(p) not in ignored]
     shapes = [p.shape for p in everything]
-    if strategy.kwargs.pop("auto_wrap_policy", None) is None:
-        for name, layer in decoder_layers(model):
-            parent, _, key = name.rpartition(".")
-            model.get_submodule(parent)._modules[key] = wrap(layer, **options)
+    by_policy = strategy.kwargs.pop("auto_wrap_policy", None) is not None
+    layers = [] if by_policy else decoder_layers(model)
+    rest = outside(model, [layer for _, layer in layers])
+    for name, layer in layers:
+        fill([held for held in held_by(layer) if id(held.tensor) not in ignored])
+        parent, _, key = name.rpartition(".")
+        model.get_submodule(parent)._modules[key] = wrap(layer, **options)
+    fill([held for held in rest if id(held.tensor) not in ignored])
     wrapped: Any = wrap(model, **options)
     if wrapped.sharding_strategy != ShardingStrategy.NO_SHARD:
         note_pieces(everything, shapes, wrapped.process_group)

@@ -62,6 +62,7 @@ FLOORS = {
     "portable_states.py": 5,
     "replicas.py": 5,
     "sharding.py": 5,
+    "loading_once.py": 5,
     "estimate/memory_trace.py": 1,
     "estimate/": 6,
     "check/": 6,

@@ -70,11 +70,19 @@ class InitAdapters(Callback):
         if roots:  # names as `attach` saw them, if it saw one model
             self.initialise(pl_module, roots[0] if len(roots) == 1 else pl_module)
 
-    def initialise(self, pl_module: LightningModule, model: nn.Module) -> None:
+    def initialise(
+        self, pl_module: LightningModule, model: nn.Module, agree: bool = True
+    ) -> None:
         """Initialise the adapters of ``model``, a part of ``pl_module``, once, unless it resumes.
 
         On a resume, frozen origins are only made room for: they must exist before anything is
         sharded, and the checkpoint fills them.
+
+        Args:
+            pl_module: Has a trainer.
+            model: Has adapters.
+            agree: Let all ranks, each of which calls this, have the values of the first. If not,
+                they get them later.
         """
         trainer = pl_module.trainer
         adapters = [adapter for *_, adapter in adapted_layers(model, METHOD)]
@@ -91,7 +99,7 @@ class InitAdapters(Callback):
         with _ordinary_tensors():
             self.initialised = self._run(self.initialiser, pl_module, model)
         self._start = adapters[0].start_name
-        if trainer.world_size > 1:
+        if agree and trainer.world_size > 1:
             for adapter in adapters:
                 values = {key: value.cpu() for key, value in adapter.state_dict().items()}
                 adapter.load_state_dict(trainer.strategy.broadcast(values))

@@ -78,6 +78,8 @@ CASES = {
     "qlora": {"settings": {"quantization": "BitsAndBytes(kind='nf4', storage='float32')"}},
     "qlora in bytes": {"settings": {"quantization": "BitsAndBytes(kind='nf4')"}},
     "trained copies": {"adapter": "LoRA(rank=4, modules_to_save=['lm_head'])"},
+    "passed in": {"passed_in": True},
+    "olora passed in": {"callbacks": ["InitAdapters(OLoRA())"], "passed_in": True},
 }
 REFUSED = {  # under FSDP1
     "trained copies": "WholeModules puts trained copies in the place",

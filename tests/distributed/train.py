@@ -132,10 +132,12 @@ def run(case):
     base = getattr(models, case.get("model", "llama"))()
     base.to(getattr(torch, case.get("dtype", "float32")))
     settings = dict(case.get("settings", {}))
-    if "quantization" in settings:  # happens while a model is loaded
+    if "quantization" in settings:
         settings["quantization"] = built(settings["quantization"])
-        place = Path(case["folder"]) / "base"
-        if devices == 1:  # which runs before several do
+    if not case.get("passed_in"):
+        kinds = case.get("model", "llama"), case.get("dtype", "float32")
+        place = Path(case["folder"]) / "-".join(["base", *kinds])
+        if devices == 1 and not place.exists():  # which runs before several do
             base.save_pretrained(place)
         base = str(place)
     module = AdapterFineTuneModule(
@@ -188,10 +190,12 @@ def run(case):
     )
     starts = []
 
-    def digested(model, strategy):
-        values = ((n, fingerprint(t)) for n, t in sorted(model.state_dict().items()))
-        starts.append(hashlib.sha256(json.dumps(list(values)).encode()).hexdigest())
-        return real(model, strategy)
+    def digested(*args):
+        model = real(*args)
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        values = {plain_name(n): fingerprint(whole(t, t)) for n, t in named}
+        starts.append(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+        return model
 
     real, lit_adapters.module.shard = lit_adapters.module.shard, digested
     try:
