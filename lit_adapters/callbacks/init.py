@@ -70,9 +70,7 @@ class InitAdapters(Callback):
         if roots:  # names as `attach` saw them, if it saw one model
             self.initialise(pl_module, roots[0] if len(roots) == 1 else pl_module)
 
-    def initialise(
-        self, pl_module: LightningModule, model: nn.Module, agree: bool = True
-    ) -> None:
+    def initialise(self, pl_module: LightningModule, model: nn.Module, agree: bool = True) -> None:
         """Initialise the adapters of ``model``, a part of ``pl_module``, once, unless it resumes.
 
         On a resume, frozen origins are only made room for: they must exist before anything is

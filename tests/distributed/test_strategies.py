@@ -5,13 +5,9 @@ than any of them.
 """
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import warnings
 from itertools import combinations, product
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +16,9 @@ from lit_adapters import load_adapter
 from tests import models
 from tests.distributed import train
 from tests.distributed.covering import pairs, pairwise
+from tests.distributed.processes import log_of, run_ranks
 from tests.models import trainable
 
-ROOT = Path(__file__).resolve().parents[2]
 SPREAD = ["ddp", "fsdp", "fsdp2"]
 EVERY = ["single", *SPREAD]
 OWN_OPTIONS = ["fsdp, own units", "fsdp, SHARD_GRAD_OP", "fsdp, NO_SHARD"]
@@ -85,6 +81,7 @@ REFUSED = {  # under FSDP1
     "trained copies": "WholeModules puts trained copies in the place",
     "qlora in bytes": "model.layers.0 are of torch.float32 and torch.uint8",
 }
+READ_BY_ALL = {"lora_ga", "qlora", "qlora in bytes", "passed in", "olora passed in"}
 RESUMED = ["lora", "pissa", "full"]
 FACTORS = {
     "strategy": SPREAD,
@@ -130,10 +127,6 @@ def said(case):
     return "-".join([case["method"], case["strategy"], *(k for k in case if case[k] is True)])
 
 
-def log_of(out, rank):
-    return (out / f"log-{rank}").read_text()
-
-
 class Ranks:
     """What cases gave, by name and strategy: one result a rank."""
 
@@ -153,59 +146,20 @@ class Ranks:
         out.mkdir()
         listed = [{"folder": str(self.folder), **case} for case in cases.values()]
         (self.folder / "cases.json").write_text(json.dumps(listed))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        files = [(out / f"log-{rank}").open("w") for rank in range(2)]
-        command = [sys.executable, script.__file__, str(self.folder / "cases.json"), str(out)]
-        processes = [
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment(rank, port), stdout=file, stderr=file
-            )
-            for rank, file in enumerate(files)
-        ]
-        try:
-            for process in processes:
-                process.wait(limit)
-        finally:
-            for process in processes:
-                process.kill()
-            for file in files:
-                file.close()
+        run_ranks(script.__file__, [self.folder / "cases.json", out], out, limit)
         for number, key in enumerate(cases):
             self.found[key] = [self._read(out, number, rank) for rank in range(2)]
 
     def _read(self, out, number, rank):
         file = out / f"{number}-{rank}.pt"
         if not file.exists():
-            return {
-                "error": f"no result; the log ends: {(out / f'log-{rank}').read_text()[-2000:]}"
-            }
+            return {"error": f"no result; the log ends: {log_of(out, rank)[-2000:]}"}
         return torch.load(file, weights_only=False)
 
     def __getitem__(self, key):
         for result in self.found[key]:
             assert "error" not in result, result["error"]
         return self.found[key]
-
-
-def environment(rank, port):
-    """What torchrun would say."""
-    return {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "tests",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
 
 
 def keeping(folder, name, strategy):
@@ -256,6 +210,7 @@ def ranks(tmp_path_factory):
                 for n in ("lora", "full")
                 for s in OWN_OPTIONS
             },
+            **{("no base", s): {"base": "./nowhere", "strategy": s} for s in SPREAD},
             ("not pinned",): {**going_on(folder, "pissa", "single", "fsdp2"), "callbacks": []},
             **{("evaluated", s): evaluated(folder, s) for s in SPREAD},
         }
@@ -352,6 +307,42 @@ def test_ranks_hold_one_model_before_it_is_sharded(ranks, name, strategy):
     assert first["start"] == second["start"]
     if name != "lora_ga":  # whose gradients are summed in another order
         assert first["start"] == ranks[name, "single"][0]["start"]
+
+
+@pytest.mark.parametrize("strategy", SPREAD)
+@pytest.mark.parametrize("name", CASES)
+def test_one_rank_reads_what_others_shard_unless_it_says_why_not(ranks, name, strategy):
+    if strategy == "ddp" or (strategy == "fsdp" and name in REFUSED):
+        return
+    first, second = ranks[name, strategy]
+    assert not first["received"]
+    assert second["received"] == (name not in READ_BY_ALL)
+    assert bool(first["said"]) == (name in READ_BY_ALL)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    {
+        ("passed in", "fsdp2"): "it was passed in as a model, which every rank has built",
+        ("qlora", "fsdp"): "it is quantised on the device of each rank while it is loaded",
+        ("lora_ga", "fsdp"): "LoRAGA takes gradients on every rank",
+        ("lora", "fsdp, own units"): "the auto_wrap_policy of FSDPStrategy takes a model that is "
+        "whole on every rank",
+    }.items(),
+)
+def test_what_every_rank_reads_is_said_with_the_reason(ranks, case, reason):
+    for found in ranks[case]:
+        assert found["said"] == [f"Every rank holds the whole base until it is sharded: {reason}."]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_what_the_reading_rank_lacks_is_said_on_all(ranks, strategy):
+    first, second = ranks.found["no base", strategy]
+    assert "base './nowhere' is not a folder" in first["error"].splitlines()[-1]
+    assert (
+        "rank 0, which reads the base for all ranks of this machine, failed with "
+        "FileNotFoundError: base './nowhere' is not a folder" in second["error"]
+    )
 
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "full"])

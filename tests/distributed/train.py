@@ -23,6 +23,7 @@ from torch.distributed.fsdp.wrap import enable_wrap
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lit_adapters
+import lit_adapters.loading_once
 import lit_adapters.module
 from lit_adapters import AdapterCheckpoint, AdapterFineTuneModule, InstructionDataModule
 from lit_adapters.adapters import Adapter
@@ -127,7 +128,8 @@ def built(text):
 
 def run(case):
     """Train as the case says; return what is to be compared."""
-    devices = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     seed_everything(0, verbose=False)
     base = getattr(models, case.get("model", "llama"))()
     base.to(getattr(torch, case.get("dtype", "float32")))
@@ -137,9 +139,9 @@ def run(case):
     if not case.get("passed_in"):
         kinds = case.get("model", "llama"), case.get("dtype", "float32")
         place = Path(case["folder"]) / "-".join(["base", *kinds])
-        if devices == 1 and not place.exists():  # which runs before several do
+        if ranks == 1 and not place.exists():  # which runs before several do
             base.save_pretrained(place)
-        base = str(place)
+        base = case.get("base", str(place))
     module = AdapterFineTuneModule(
         base,
         built(case.get("adapter", "LoRA(rank=4)")),
@@ -154,7 +156,7 @@ def run(case):
         str(write_records(Path(case["folder"]))),
         tokenizer=word_tokenizer(),
         val_size=7,
-        batch_size=case.get("batch", 4) // devices,
+        batch_size=case.get("batch", 4) // ranks,
         group_by_length=False,
         cache_dir=None,
         template="none",
@@ -176,6 +178,7 @@ def run(case):
             "default_root_dir": case["folder"],
             "accelerator": "cpu",
             "devices": devices,
+            "num_nodes": ranks // devices,
             "strategy": STRATEGIES[case.get("strategy", "single")](),
             "logger": False,
             "max_steps": 3,
@@ -188,16 +191,18 @@ def run(case):
             **case.get("trainer", {}),
         }
     )
-    starts = []
+    starts, received, said = [], [], []
 
-    def digested(*args):
-        model = real(*args)
+    def digested(given, *args):
+        received.append(all(p.is_meta for p in given.parameters()))
+        model = real(given, *args)
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         values = {plain_name(n): fingerprint(whole(t, t)) for n, t in named}
         starts.append(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
         return model
 
     real, lit_adapters.module.shard = lit_adapters.module.shard, digested
+    lit_adapters.loading_once.rank_zero_info = said.append
     try:
         trainer.fit(module, data, ckpt_path=case.get("resume"))
     finally:
@@ -217,6 +222,8 @@ def run(case):
             for values in trainer.optimizers[0].state.values()
             for t in values.values()
         ),
+        "received": received[0],
+        "said": said,
         "state": state,
         "adapter_bytes": sum(p.nbytes for adapter in inside for p in adapter.parameters()),
     }
