@@ -15,10 +15,12 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import AdapterSpec, LoRA
+from lit_adapters.agreement import compare, settings_of, start_of, structure_of
 from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.callbacks.load_check import WHOLE, remember_base
+from lit_adapters.callbacks.lost_rank import ExplainLostRank
 from lit_adapters.callbacks.spikes import SpikeGuard
 from lit_adapters.causal_lm import Batch, CausalLMModule
 from lit_adapters.fingerprint import remember_fingerprint
@@ -197,9 +199,9 @@ class AdapterFineTuneModule(CausalLMModule):
         return self._tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Say how FSDP2 spreads the model, while that can be said; bring no callback."""
+        """Say how FSDP2 spreads the model, while that can be said; bring what explains errors."""
         spread_over_all(self.trainer.strategy)
-        return []
+        return [ExplainLostRank()] if self.trainer.world_size > 1 else []
 
     def configure_model(self) -> None:
         """Load the base, attach the adapter, run an `InitAdapters` callback, shard it; once."""
@@ -208,10 +210,14 @@ class AdapterFineTuneModule(CausalLMModule):
             make_portable(self)
         if self._built:
             return
+        if strategy is not None:
+            compare(settings_of(self))
         machine = machine_of(strategy)
         built = build_once(machine, self._build, partial(obstacle_of, self))
         for name, value in built.items():
             setattr(self, name, value)
+        if strategy is not None:
+            compare(structure_of(self.model))
         self.model = shard(self.model, strategy, machine)
         self._built = True
 
@@ -265,6 +271,7 @@ class AdapterFineTuneModule(CausalLMModule):
         self._move_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
+        compare(start_of(self))
         warn_if_rounded(self.model)
         sizes = self._sizes if is_sharded(self.trainer.strategy) else footprint(self.model)
         self._log_once(

@@ -63,6 +63,7 @@ FLOORS = {
     "replicas.py": 5,
     "sharding.py": 5,
     "loading_once.py": 5,
+    "agreement.py": 5,
     "estimate/memory_trace.py": 1,
     "estimate/": 6,
     "check/": 6,

@@ -29,8 +29,11 @@ def environment(rank, port, ranks=2, machines=1):
     }
 
 
-def run_ranks(script, arguments, out, limit, ranks=2, machines=1):
-    """Run a script as so many ranks, each with a log in ``out``; return their exit codes."""
+def run_ranks(script, arguments, out, limit, ranks=2, machines=1, awaited=None):
+    """Run a script as so many ranks, each with a log in ``out``; return their exit codes.
+
+    Only the first ``awaited`` are waited for, if not all; the others are then killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +49,7 @@ def run_ranks(script, arguments, out, limit, ranks=2, machines=1):
         for rank, file in enumerate(files)
     ]
     try:
-        return [process.wait(limit) for process in processes]
+        return [process.wait(limit) for process in processes[:awaited]]
     finally:
         for process in processes:
             process.kill()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ RECORDS = [
     {"prompt": " ".join(LETTERS[i % 20 : i % 20 + 3]), "completion": " ".join(LETTERS[: 1 + i % 6])}
     for i in range(23)  # 7 for validation: the last batch of a rank is smaller
 ]
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(seconds=int(os.environ.get("TIMEOUT", "120")))
 
 
 class CPUFSDPStrategy(FSDPStrategy):
@@ -84,8 +85,9 @@ STRATEGIES = {
 class Watch(Callback):
     """Notes each step's loss and norm, and what this rank holds of the model."""
 
-    def __init__(self, mutes=False):
+    def __init__(self, mutes=False, signal_at_step_2=None):
         self.mutes = mutes
+        self.signal = signal_at_step_2
         self.loss, self.norm, self.held, self.units = [], [], 0, 0
 
     def on_train_start(self, trainer, module):
@@ -96,7 +98,12 @@ class Watch(Callback):
         self.units = sum(isinstance(m, units) for m in module.modules())
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        """Leave nothing to be trained on rank 1, whose examples are every second one, once."""
+        """Leave nothing to be trained on rank 1, whose examples are every second one, once.
+
+        Or send rank 1 a signal.
+        """
+        if self.signal and trainer.global_step == 2 and trainer.global_rank == 1:
+            os.kill(os.getpid(), getattr(signal, self.signal))
         if self.mutes and trainer.global_step == 1 and trainer.world_size == 1:
             batch["labels"][1::2] = -100
         elif self.mutes and trainer.global_step == 1 and trainer.global_rank == 1:
@@ -128,6 +135,8 @@ def built(text):
 
 def run(case):
     """Train as the case says; return what is to be compared."""
+    if os.environ.get("RANK") == "1":
+        case = {**case, **case.get("on rank 1", {})}
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     seed_everything(0, verbose=False)
@@ -162,7 +171,7 @@ def run(case):
         template="none",
         batching=case.get("batching", "auto"),
     )
-    watch = Watch(case.get("mutes", False))
+    watch = Watch(case.get("mutes", False), case.get("signal"))
     traffic = StepTraffic()
     callbacks = [
         watch,
