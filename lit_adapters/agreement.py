@@ -1,4 +1,4 @@
-"""What ranks must have in common, compared before they train: else they hang, or train a mixture."""
+"""What ranks must have in common, compared before they train; else they would hang, or differ."""
 
 import hashlib
 import re
@@ -13,6 +13,7 @@ from torch import distributed as dist
 from lit_adapters.adapters import Adapter
 from lit_adapters.datamodule import InstructionDataModule
 from lit_adapters.fingerprint import fingerprint, sampled
+from lit_adapters.optim import SHADOW
 from lit_adapters.spread import pieces_of
 
 Facts = dict[str, Any]
@@ -114,6 +115,8 @@ def _is_ours(data: Any) -> bool:
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] == SHADOW:  # of GaLore: zeros for rows of each rank
+            continue
         if parameter.requires_grad or id(parameter) in adapters:
             yield name, parameter
 

@@ -116,6 +116,13 @@ class Watch(Callback):
             self.norm.append(float(logged["train/grad_norm"]))
 
 
+class Edits(Callback):
+    """Changes one value of what is trained, after ranks were made equal."""
+
+    def on_fit_start(self, trainer, module):
+        next(p for p in module.parameters() if p.requires_grad).data.view(-1)[3] += 1
+
+
 def adamw(groups):
     # A large eps: gradients that are zero but for rounding shall not be steps.
     return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, eps=1e-4)
@@ -139,8 +146,10 @@ def run(case):
         case = {**case, **case.get("on rank 1", {})}
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    seed_everything(0, verbose=False)
-    base = getattr(models, case.get("model", "llama"))()
+    seed_everything(case.get("seed", 0), verbose=False)
+    base = getattr(models, case.get("model", "llama"))(case.get("base_seed", 0))
+    if case.get("edits"):
+        base.model.layers[0].mlp.up_proj.weight.data[1, 1] += 1  # no fingerprint looks there
     base.to(getattr(torch, case.get("dtype", "float32")))
     settings = dict(case.get("settings", {}))
     if "quantization" in settings:
@@ -162,9 +171,9 @@ def run(case):
         **settings,
     )
     data = InstructionDataModule(
-        str(write_records(Path(case["folder"]))),
+        str(write_records(Path(case["folder"]), case.get("records", len(RECORDS)))),
         tokenizer=word_tokenizer(),
-        val_size=7,
+        val_size=case.get("val_size", 7),
         batch_size=case.get("batch", 4) // ranks,
         group_by_length=False,
         cache_dir=None,
@@ -178,6 +187,8 @@ def run(case):
         *([traffic] if case.get("traffic") else []),
         *[built(text) for text in case.get("callbacks", [])],
     ]
+    if case.get("edits_adapter"):
+        callbacks.append(Edits())
     if "keep" in case:
         callbacks.append(AdapterCheckpoint(case["keep"], every_n_train_steps=1))
     if "predictions" in case:
@@ -244,11 +255,11 @@ def run(case):
     return found
 
 
-def write_records(folder):
-    """Write the data, once."""
+def write_records(folder, count):
+    """Write the data."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"records-{os.getpid()}.json"
-    path.write_text(json.dumps(RECORDS))
+    path.write_text(json.dumps(RECORDS[:count]))
     return path
 
 
