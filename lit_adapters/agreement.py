@@ -115,7 +115,7 @@ def _is_ours(data: Any) -> bool:
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] == SHADOW:  # of GaLore: zeros for rows of each rank
+        if name.rpartition(".")[2] == SHADOW:  # of GaLore; ranks hold rows of their own
             continue
         if parameter.requires_grad or id(parameter) in adapters:
             yield name, parameter

@@ -146,6 +146,8 @@ class Ranks:
         out.mkdir()
         listed = [{"folder": str(self.folder), **case} for case in cases.values()]
         (self.folder / "cases.json").write_text(json.dumps(listed))
+        for case in listed:
+            train.saved_base(case)
         run_ranks(script.__file__, [self.folder / "cases.json", out], out, limit)
         for number, key in enumerate(cases):
             self.found[key] = [self._read(out, number, rank) for rank in range(2)]

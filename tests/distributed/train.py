@@ -147,19 +147,10 @@ def run(case):
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     seed_everything(case.get("seed", 0), verbose=False)
-    base = getattr(models, case.get("model", "llama"))(case.get("base_seed", 0))
-    if case.get("edits"):
-        base.model.layers[0].mlp.up_proj.weight.data[1, 1] += 1  # no fingerprint looks there
-    base.to(getattr(torch, case.get("dtype", "float32")))
     settings = dict(case.get("settings", {}))
     if "quantization" in settings:
         settings["quantization"] = built(settings["quantization"])
-    if not case.get("passed_in"):
-        kinds = case.get("model", "llama"), case.get("dtype", "float32")
-        place = Path(case["folder"]) / "-".join(["base", *kinds])
-        if ranks == 1 and not place.exists():  # which runs before several do
-            base.save_pretrained(place)
-        base = case.get("base", str(place))
+    base = base_of(case) if case.get("passed_in") else case.get("base", str(saved_base(case)))
     module = AdapterFineTuneModule(
         base,
         built(case.get("adapter", "LoRA(rank=4)")),
@@ -253,6 +244,23 @@ def run(case):
         (found["test"],) = trainer.test(module, data, verbose=False)
         trainer.predict(module, data, return_predictions=False)
     return found
+
+
+def base_of(case):
+    """The model that a case starts from."""
+    base = getattr(models, case.get("model", "llama"))(case.get("base_seed", 0))
+    if case.get("edits"):
+        base.model.layers[0].mlp.up_proj.weight.data[1, 1] += 1  # no fingerprint looks there
+    return base.to(getattr(torch, case.get("dtype", "float32")))
+
+
+def saved_base(case):
+    """The folder it is read from, written when it is first asked for: before there are ranks."""
+    kinds = case.get("model", "llama"), case.get("dtype", "float32")
+    place = Path(case["folder"]) / "-".join(["base", *kinds])
+    if not place.exists():
+        base_of(case).save_pretrained(place)
+    return place
 
 
 def write_records(folder, count):
