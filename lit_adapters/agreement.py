@@ -3,7 +3,7 @@
 import hashlib
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,18 +37,27 @@ def compare(facts: Facts) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    mine = {name: _shown(value) for name, value in _flat(facts)}
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    names = dict.fromkeys(name for one in every for name in one)
-    differing = [name for name in names if len({one.get(name) for one in every}) > 1]
-    if differing:
-        listed = [f"{name} is {_by_rank([one.get(name) for one in every])}" for name in differing]
-        more = [f"and {len(listed) - LISTED} more"] if len(listed) > LISTED else []
+    dist.all_gather_object(every, as_texts(facts))
+    if said := differences(every):
         raise ValueError(
-            f"the ranks of this run differ: {'; '.join([*listed[:LISTED], *more])}. Run the same "
-            "command on all of them, on the same files (is a copy on one machine older?)"
+            f"the ranks of this run differ: {said}. Run the same command on all of them, on the "
+            "same files (is a copy on one machine older?)"
         )
+
+
+def as_texts(facts: Facts) -> dict[str, str]:
+    """Return ``facts``, perhaps inside each other, as short texts by dotted name."""
+    return {name: _shown(value) for name, value in _flat(facts)}
+
+
+def differences(every: Sequence[Mapping[str, str]]) -> str:
+    """Say in what the texts of ranks differ, and on which; empty if they do not."""
+    names = dict.fromkeys(name for one in every for name in one)
+    of_ranks = {name: [one.get(name, "missing") for one in every] for name in names}
+    said = [f"{n} is {_by_rank(texts)}" for n, texts in of_ranks.items() if len(set(texts)) > 1]
+    more = [f"and {len(said) - LISTED} more"] if len(said) > LISTED else []
+    return "; ".join([*said[:LISTED], *more])
 
 
 def settings_of(module: Any) -> Facts:
@@ -147,9 +156,9 @@ def _shown(value: Any) -> str:
     return f"of digest {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _by_rank(values: list[str | None]) -> str:
+def _by_rank(values: Sequence[str]) -> str:
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
-        ranks.setdefault(value or "missing", []).append(str(rank))
+        ranks.setdefault(value, []).append(str(rank))
     said = [f"{v} on rank{'s' * (len(r) > 1)} {', '.join(r)}" for v, r in ranks.items()]
     return " and ".join(said)

@@ -70,13 +70,16 @@ class Machine:
                     "the base is on the meta device, without values, so there is nothing to shard; "
                     "pass a folder or hub id as the base, or a model that is loaded"
                 )
-            if tensor.is_meta:
+            is_new = tensor.is_meta
+            if is_new:
                 _give_memory(tensor, device)
-            if tensor.numel():
-                sent = tensor.data.to(device).contiguous()
-                dist.broadcast(sent.view(-1).view(torch.uint8), source, group=group)
-                if not here and sent.data_ptr() != tensor.data_ptr():
-                    tensor.data.copy_(sent)
+            if not tensor.numel():
+                continue
+            # What has values is mapped from a file, it may be: ranks share that until they write.
+            sent = tensor.data.to(device, copy=not (is_new or here)).contiguous()
+            dist.broadcast(sent.view(-1).view(torch.uint8), source, group=group)
+            if not here and not sent.equal(tensor.data.to(device)):
+                tensor.data.copy_(sent)
 
 
 def machine_of(strategy: Strategy | None) -> Machine | None:

@@ -250,7 +250,9 @@ def base_of(case):
     """The model that a case starts from."""
     base = getattr(models, case.get("model", "llama"))(case.get("base_seed", 0))
     if case.get("edits"):
-        base.model.layers[0].mlp.up_proj.weight.data[1, 1] += 1  # no fingerprint looks there
+        base.model.layers[0].mlp.up_proj.weight.data[-2, 1] += (
+            1  # of rank 1, unseen by fingerprints
+        )
     return base.to(getattr(torch, case.get("dtype", "float32")))
 
 
