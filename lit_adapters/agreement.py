@@ -3,7 +3,7 @@
 import hashlib
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ TRAINER = (
 OWN = {"base", "tokenizer", "path", "cache_dir", "num_workers"}
 
 
-def compare(facts: Facts) -> None:
-    """Let all ranks compare ``facts``, plain values by name; every rank calls it.
+def compare(facts: Callable[[], Facts]) -> None:
+    """Let all ranks, if there are several, compare their ``facts()``; every rank calls it.
 
     Raises:
         ValueError: on all ranks, saying what differs and where.
@@ -38,7 +38,7 @@ def compare(facts: Facts) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, as_texts(facts))
+    dist.all_gather_object(every, as_texts(facts()))
     if said := differences(every):
         raise ValueError(
             f"the ranks of this run differ: {said}. Run the same command on all of them, on the "

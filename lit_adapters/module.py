@@ -210,14 +210,12 @@ class AdapterFineTuneModule(CausalLMModule):
             make_portable(self)
         if self._built:
             return
-        if strategy is not None:
-            compare(settings_of(self))
+        compare(partial(settings_of, self))
         machine = machine_of(strategy)
         built = build_once(machine, self._build, partial(obstacle_of, self))
         for name, value in built.items():
             setattr(self, name, value)
-        if strategy is not None:
-            compare(structure_of(self.model))
+        compare(partial(structure_of, self.model))
         self.model = shard(self.model, strategy, machine)
         self._built = True
 
@@ -271,7 +269,7 @@ class AdapterFineTuneModule(CausalLMModule):
         self._move_checked = False
         self._optimizer_logged = False
         self.window = TokenWindow()
-        compare(start_of(self))
+        compare(partial(start_of, self))
         warn_if_rounded(self.model)
         sizes = self._sizes if is_sharded(self.trainer.strategy) else footprint(self.model)
         self._log_once(
