@@ -344,6 +344,7 @@ def test_lora_output_is_the_equation(kind, rslora):
     close(model(x), expected)
 
 
+@pytest.mark.usefixtures("drawn_alike")
 @pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "conv1d"])
 def test_dropout_acts_on_the_branch_input_and_only_in_training(kind):
     model = one_layer(kind)

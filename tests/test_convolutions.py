@@ -230,6 +230,7 @@ def test_channels_last_changes_nothing_but_the_memory_format(method, start, sett
     close(wide(x), expected)
 
 
+@pytest.mark.usefixtures("drawn_alike")
 @pytest.mark.parametrize("settings", ["padding", "groups", "circular", "same-dilated"])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
 def test_dropout_drops_the_input_of_the_branch(settings, kind):

@@ -275,6 +275,7 @@ def test_gradients_reach_the_input(kind, start):
 # ---------------------------------------------------------------- dropout
 
 
+@pytest.mark.usefixtures("drawn_alike")
 @pytest.mark.parametrize("kind", DENSE)
 @pytest.mark.parametrize("start", ["kaiming", "pissa"])
 def test_with_dropout_the_scaled_base_term_sees_the_dropped_input_too(kind, start):
@@ -499,6 +500,7 @@ def test_merging_agrees_with_peft(case):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.usefixtures("drawn_alike")
 @pytest.mark.parametrize("start", ["kaiming", "pissa"])
 def test_dropout_agrees_with_peft_under_the_same_seed(start):
     """One adapted layer in each model, so that both draw one mask."""

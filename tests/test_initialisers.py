@@ -258,6 +258,7 @@ def test_merging_at_the_start_gives_the_base_weight(kind, start):
     close(matrix(model.layer), matrix(stock), 1e-6)
 
 
+@pytest.mark.usefixtures("drawn_alike")
 @pytest.mark.parametrize("kind", ["linear", "conv1d-hf", "conv2d", "conv2d-groups"])
 @every_paper
 def test_dropout_drops_the_input_of_b_a_and_not_of_the_origin(kind, paper):

@@ -495,6 +495,7 @@ def test_the_table_has_pefts_46_lora_rows_of_which_13_are_dora():
 # ---------------------------------------------------------------- the same numbers
 
 
+@pytest.mark.usefixtures("drawn_alike")
 @cases("parity")
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_outputs_and_gradients_agree(case, training):
@@ -574,6 +575,7 @@ def test_another_start_of_a_plain_lora_travels_both_ways(case, tmp_path):
 # ---------------------------------------------------------------- where PEFT computes another thing
 
 
+@pytest.mark.usefixtures("drawn_alike")
 @cases("wrong")
 def test_where_peft_is_wrong_ours_is_the_merged_kernel(case):
     model, x = case.base(), case.input()

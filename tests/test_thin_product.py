@@ -32,12 +32,13 @@ def run(product, dtype, dropout, autocast):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("drawn_alike")
 def test_value_gradients_and_random_numbers_are_autograds(dtype, dropout, autocast):
     ours, theirs = (run(product, dtype, dropout, autocast) for product in (thin_product, plain))
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
         rounded = torch.bfloat16 in (dtype, one.dtype) or autocast
-        close = {"rtol": 2e-2, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
+        close = {"rtol": 2e-2, "atol": 6e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(one, other, **close)
     assert torch.equal(ours[3], theirs[3])
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_adapters.adapters.base import Adapted, AdapterSpec, bias_of
 from lit_adapters.adapters.lora import LoRA
 from lit_adapters.adapters.low_rank import LoRAAdapter
 from lit_adapters.initialisers import Factors, Initialiser
 from lit_adapters.weights import add_low_rank, per_output, weight_blocks
+from lit_adapters.weights.dropout import dropout
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's key
 # A row is never taken for shorter than this share of the frozen one: where V nearly cancels W, the
@@ -146,7 +146,7 @@ class DoRAAdapter(LoRAAdapter):
         return adapted.to(output.dtype)
 
     def _with_dropout(self, layer: nn.Module, x: Tensor, output: Tensor, ratio: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout)
+        dropped = dropout(x, self.dropout)
         base = layer.forward(dropped).to(ratio.dtype)  # not the call: no hooks
         bias = bias_of(layer)
         if bias is not None:

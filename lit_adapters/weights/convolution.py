@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
+from lit_adapters.weights.dropout import dropout as drop
 from lit_adapters.weights.storage import (
     add_low_rank,
     as_matrix,
@@ -56,7 +57,7 @@ def _add_low_rank(
     dropout: float = 0.0,
 ) -> Tensor:
     shape_A, shape_B = factor_shapes(layer, B.shape[1])
-    dropped = (F.dropout(x, dropout) if dropout else x).to(A.dtype)
+    dropped = (drop(x, dropout) if dropout else x).to(A.dtype)
     # torch's own method, because it knows every padding mode and "same".
     hidden = cast(Any, layer)._conv_forward(dropped, A.view(shape_A), None)
     pointwise = next(f for kind, f in POINTWISE.items() if isinstance(layer, kind))

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
+from lit_adapters.weights.dropout import growth, keep_mask, kept
+
 
 def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-    """``F.linear(F.dropout(x, dropout).to(A.dtype), A)``.
+    """``F.linear(dropout(x, dropout).to(A.dtype), A)`` with the `dropout` of this package.
 
     Autograd would keep a dropped or cast copy of ``x`` (..., in) for every layer that reads it.
     Kept are ``x`` itself, which layers of one input share, and one byte an element of the mask.
@@ -29,10 +31,10 @@ def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
 class _ThinProduct(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, dropout: float) -> Tensor:
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        keep = keep_mask(x, dropout) if dropout else None
         ctx.save_for_backward(x, A, keep)
-        ctx.growth = 1 / (1 - dropout) if dropout < 1 else 0.0
-        product = F.linear(_kept(x, keep).to(A.dtype), A)  # autocast may have a dtype of its own
+        ctx.growth = growth(dropout)
+        product = F.linear(kept(x, keep).to(A.dtype), A)  # autocast may have a dtype of its own
         return product if keep is None else product.mul_(ctx.growth)  # the thinnest place for it
 
     @staticmethod
@@ -43,12 +45,8 @@ class _ThinProduct(Function):
         if keep is not None:
             slope = slope * ctx.growth
         if ctx.needs_input_grad[0]:
-            to_x = _kept((slope @ A.to(slope.dtype)).to(x.dtype), keep)
+            to_x = kept((slope @ A.to(slope.dtype)).to(x.dtype), keep)
         if ctx.needs_input_grad[1]:
-            rows = _kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
+            rows = kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
             to_A = (slope.reshape(-1, len(A)).T @ rows).to(A.dtype)
         return to_x, to_A, None
-
-
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else torch.where(keep, x, 0.0)
