@@ -19,8 +19,9 @@ def kept(x: Tensor, keep: Tensor | None) -> Tensor:
 def keep_mask(x: Tensor, probability: float) -> Tensor:
     """Draw which elements of ``x`` stay: bool, of its shape; from torch's generator."""
     count = x.numel()
-    numbers = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device)
-    numbers.random_(-(2**63), None)  # all 64 bits
+    # All 64 bits (but one number of 2^64). Torch cannot trace `random_`, which is a little faster.
+    low, high = -(2**63), 2**63 - 1
+    numbers = torch.randint(low, high, ((count + 3) // 4,), device=x.device)
     bits = numbers.view(torch.int16)[:count].view(x.shape)
     return bits >= _dropped(probability) - LEVELS // 2
 
