@@ -230,7 +230,11 @@ def check_adapters_fire(model: nn.Module, batch: Mapping[str, Any]) -> None:
     ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(sorted(devices, key=str)),
+            torch.compiler.set_stance("force_eager"),  # nothing is compiled for these hooks
+        ):
             model(**batch)
     finally:
         for handle in handles:

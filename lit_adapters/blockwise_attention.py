@@ -167,16 +167,29 @@ def blockwise(
     attend = inner(module)
     if not isinstance(attention_mask, Blocks):
         return attend(module, query, key, value, attention_mask, **options)
-    if _has_kernel(query, attention_mask, attend, options):
-        return _all_at_once(query, key, value, attention_mask, options), None
-    sizes = [count * length for count, length, _ in attention_mask.runs]
+    return _within_blocks(attend, module, query, key, value, attention_mask, options), None
+
+
+@torch.compiler.disable  # it would be compiled again for all lengths that come up
+def _within_blocks(
+    attend: Callable[..., tuple[Tensor, Any]],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Blocks,
+    options: dict[str, Any],
+) -> Tensor:
+    if _has_kernel(query, blocks, attend, options):
+        return _all_at_once(query, key, value, blocks, options)
+    sizes = [count * length for count, length, _ in blocks.runs]
     rows = zip(*(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True)
     outputs = []
-    for (count, length, mask), row in zip(attention_mask.runs, rows, strict=True):
+    for (count, length, mask), row in zip(blocks.runs, rows, strict=True):
         # A view: (heads, tokens, head_dim) as (sequences, heads, length, head_dim)
         stacked = (part.unflatten(1, (count, length)).transpose(0, 1) for part in row)
         outputs.append(attend(module, *stacked, mask, **options)[0].flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
 @cache

@@ -78,7 +78,8 @@ def generate_from_ids(
             chosen = order[start : start + batch_size]
             rows = [prompts[i] for i in chosen] or [[config.pad_token_id]]
             ids, mask = _pad_left(rows, config.pad_token_id, model.device)
-            with torch.no_grad():
+            # Else compiled layers would be compiled anew for every layer's place in the cache.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 tokens = cast(Any, model).generate(
                     input_ids=ids,
                     attention_mask=mask,

@@ -64,6 +64,7 @@ FLOORS = {
     "sharding.py": 5,
     "loading_once.py": 5,
     "agreement.py": 5,
+    "compilation.py": 5,
     "estimate/memory_trace.py": 1,
     "estimate/": 6,
     "check/": 6,

@@ -101,7 +101,7 @@ def like(
 
 def built_with_shapes(training: Training, trace: MemoryTrace) -> Shapes:
     """Return the module of a training, its model built, adapted and ready."""
-    module = like(training.module, Shapes)
+    module = like(training.module, Shapes, compile=False)
     assert isinstance(module, Shapes)
     module._trace = trace
     stub: Any = SimpleNamespace(precision=training.precision, callbacks=[], lr_scheduler_configs=[])
