@@ -766,6 +766,7 @@ def named(name, base=SGD):
         ("AdamWScheduleFree", "averages"),
         ("SAM", "between two backward passes"),
         ("GaLoreAdamW8bit", "projects by itself"),
+        ("ZeroRedundancyOptimizer", "shared the parameters out among the ranks"),
     ],
 )
 def test_optimizers_that_look_at_the_weights_are_refused_by_name(name, reason):

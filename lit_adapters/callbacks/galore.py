@@ -39,12 +39,13 @@ class GaLore(Callback):
     full ones. Checkpoints hold the subspaces and counts beside weights and optimizer, as tensors
     and ints; a run resumed inside a period goes on to the bit.
 
-    Several devices: under DDP the projected gradients are averaged, of rank r, and DDP is left with
-    the ordinary ones; windows that choose a subspace average the whole gradient. Under FSDP2
-    (`ModelParallelStrategy`) ranks hold rows of every weight and its moments, each projects its
-    own, and side must be right: a single device's default, the shorter side, is that already for
-    weights with no more columns than rows. Subspaces are those of the mean gradient of all ranks,
-    which share the decompositions. A run goes on under another strategy if the sides agree.
+    Several devices: under DDP only projected gradients are averaged, and DDP is left with those of
+    ordinary parameters; a window that chooses subspaces keeps whole gradients until its end and
+    averages these. Under FSDP2 (`ModelParallelStrategy`) each rank projects the rows it holds, and
+    side must be right, which the default, the shorter side, is only for weights with no more
+    columns than rows: such a run equals that of one device with side right. Subspaces are those of
+    the mean gradient of all ranks, which share the decompositions. A checkpoint is resumed under
+    another strategy if the sides agree.
 
     In manual optimization a new subspace is chosen in the first backward pass of a window.
 

@@ -1,7 +1,8 @@
 """How parameters are stepped: groups, schedules, and GaLore's projection around an optimizer."""
 
+from lit_adapters.optim.choice import choose_layers
 from lit_adapters.optim.eight_bit import unpacked
-from lit_adapters.optim.galore import GaLoreEngine, choose_layers
+from lit_adapters.optim.galore import GaLoreEngine
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.groups import fuse, hold_ratios, parameter_groups
 from lit_adapters.optim.options import options_of, set_options, set_rate, take_rate

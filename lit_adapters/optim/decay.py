@@ -26,6 +26,7 @@ UNSUITED = {
     r"SparseAdam": "it takes sparse gradients only",
     r"SAM|GSAM|ASAM": "it moves the weights between two backward passes",
     r"GaLore.*": "it projects by itself",
+    r"ZeroRedundancyOptimizer": "it shared the parameters out among the ranks when it was built",
 }
 
 

@@ -6,7 +6,7 @@ makes of the shadow in its step is projected back and added to the weight (arXiv
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lit_adapters.optim.choice import check_unstepped, choose_layers
 from lit_adapters.optim.decay import check_suited, decay_of, packs_moments
 from lit_adapters.optim.exchange import average_projected, share_subspace, whole_gradient
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.projection import Projector, rotate, subspace
 from lit_adapters.optim.rows import as_rows_of, keep_own_gradient, own_rows
-from lit_adapters.optim.shadow import Shadowed, check_side, why_ordinary
+from lit_adapters.optim.shadow import Shadowed
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # linear in the gradient, so they can be rotated
 
@@ -93,7 +94,7 @@ class GaLoreEngine:
         self._arrived = False  # whether a gradient came since the last step
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         chosen, self.ordinary = choose_layers(layers, {id(p) for p in stepped}, settings)
-        _check_unstepped(chosen, optimizer)
+        check_unstepped(chosen, optimizer)
         self.projected = {name: Shadowed(name, layer, settings) for name, layer in chosen.items()}
         shadows = {id(one.weight): one.shadow for one in self.projected.values()}
         beside = [p for p in stepped if id(p) not in shadows and isinstance(p, DTensor)]
@@ -331,51 +332,3 @@ class GaLoreEngine:
         for name, one in self.projected.items():
             one.projector, one.kept, one.replaced = found[name], None, None
             one.steps, one.age = weights[name]["steps"], weights[name]["age"]
-
-
-def choose_layers(
-    layers: Mapping[str, nn.Module], stepped: Set[int], settings: Projection, cut: bool = False
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the layers to project, and why the others are not.
-
-    Args:
-        layers: By name.
-        stepped: Ids of the parameters in the optimizer.
-        settings: What they are projected to.
-        cut: Whether ranks will hold rows of the weights, where they do not yet.
-
-    Raises:
-        ValueError: if there are none, or one cannot be projected as it is to be.
-    """
-    chosen: dict[str, nn.Module] = {}
-    ordinary: dict[str, str] = {}
-    owners: dict[int, str] = {}  # of the weights chosen
-    for name, layer in layers.items():
-        reason = why_ordinary(layer, stepped, settings)
-        if id(layer._parameters.get("weight")) in owners:
-            reason = f"is that of {owners[id(layer.weight)]!r}"
-        if reason:
-            ordinary[name] = reason
-            continue
-        weight = layer.get_parameter("weight")
-        check_side(name, weight, settings, cut)
-        owners[id(weight)] = name
-        chosen[name] = layer
-    if not chosen:
-        listed = "; ".join(f"{name!r} {why}" for name, why in list(ordinary.items())[:3])
-        raise ValueError(
-            f"GaLore can project none of the {len(layers)} weights meant: {listed}. It projects "
-            "matrices that are trained and in the optimizer (in an AdapterFineTuneModule with "
-            "adapter=FullFineTuning()); widen targets, or lower rank or min_size"
-        )
-    return chosen, ordinary
-
-
-def _check_unstepped(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
-    for name, layer in layers.items():
-        if optimizer.state.get(layer.get_parameter("weight")):
-            raise ValueError(
-                f"the optimizer has state for {name!r} already, of the full size; GaLore must be "
-                "there before the first step, and around an optimizer that makes its state in the "
-                "step, not when it is built as Adagrad does"
-            )

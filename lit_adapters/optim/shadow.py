@@ -1,6 +1,5 @@
 """The stand-in of a projected weight in its optimizer, and the way back into the weight."""
 
-from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,52 +134,6 @@ class Shadowed:
             side: basis.to(self.weight.device, self.weight.dtype) for side, basis in found.items()
         }
         return Projector(moved.get("left"), moved.get("right"))
-
-
-def why_ordinary(layer: nn.Module, stepped: Set[int], settings: Projection) -> str | None:
-    """Return why the weight of a layer cannot be projected; None if it can.
-
-    Args:
-        layer: The layer.
-        stepped: Ids of the parameters in the optimizer.
-        settings: What they are projected to.
-
-    Raises:
-        ValueError: if the layer has a shadow already, or its weight is fp16.
-    """
-    weight = layer._parameters.get("weight")
-    if hasattr(layer, SHADOW):
-        raise ValueError(
-            f"a {type(layer).__name__} has a {SHADOW!r} already; is another GaLore at work on it?"
-        )
-    if weight is None or weight.ndim < 2:
-        return "has no matrix"
-    if not weight.requires_grad:
-        return "is not trained"
-    if id(weight) not in stepped:
-        return "is not in the optimizer"
-    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise ValueError(
-            f"GaLore cannot train weights kept in {weight.dtype}, where small updates are lost; "
-            "take precision='16-mixed', 'bf16-true' or 'bf16-mixed'"
-        )
-    if min(matrix_shape(weight)) < max(settings.rank, settings.min_size):
-        return f"is too small ({' x '.join(map(str, weight.shape))})"
-    return None
-
-
-def check_side(name: str, weight: Tensor, settings: Projection, cut: bool = False) -> None:
-    """Raise a ValueError if rows would be projected that are, or will be, spread over ranks."""
-    left, _ = sides(matrix_shape(weight), settings.side)
-    if (cut or is_cut(weight)) and left:
-        rows, columns = matrix_shape(weight)
-        raise ValueError(
-            f"GaLore(side={settings.side!r}) projects the rows of {name!r} ({rows} x {columns}), "
-            "and ranks hold some rows each (FSDP2). Set side='right': every rank projects its "
-            "rows by itself, exactly. That is what a single device does with side='right' too; its "
-            "default, the shorter side, would be another run, so say it in all that are compared "
-            "or resumed"
-        )
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:

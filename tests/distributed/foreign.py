@@ -6,6 +6,7 @@ it is led through, so that ranks differ in what they use.
 
 import os
 import sys
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_adapters import GaLore
+from lit_adapters import GaLore, SpikeGuard
 from tests.distributed.train import TIMEOUT, main
 
 # The third is never used, the second at first by rank 1 alone.
@@ -32,9 +33,9 @@ class Experts(LightningModule):
         self.double()
 
     def training_step(self, batch, batch_idx):
-        x, y, expert = batch
+        x, y, expert, factor = batch
         x, y = x.to(self.first.weight), y.to(self.first.weight)
-        loss = F.mse_loss(self.experts[expert](self.first(x).tanh()), y)
+        loss = factor * F.mse_loss(self.experts[expert](self.first(x).tanh()), y)
         if self.automatic_optimization:
             return loss
         optimizer = self.optimizers()
@@ -48,17 +49,17 @@ class Experts(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1, eps=1e-6)
 
 
-def batches(rank, world):
-    """Micro-batches of a rank, or of both in turn."""
+def batches(rank, world, infinite=None):
+    """Micro-batches of a rank, or of both in turn; the loss of one may be infinite."""
     generator = torch.Generator().manual_seed(5)
     made = [
         (
             torch.randn(4, 10, generator=generator, dtype=torch.float64),
             torch.randn(4, 12, generator=generator, dtype=torch.float64),
             expert,
+            torch.inf if number == infinite else 1.0,
         )
-        for pair in EXPERTS
-        for expert in pair
+        for number, expert in enumerate(chain.from_iterable(EXPERTS))
     ]
     return DataLoader(made[rank::world], batch_size=None)
 
@@ -91,10 +92,11 @@ def run(case):
             enable_checkpointing=False,
             callbacks=list(callbacks),
         )
-        trainer.fit(module, batches(rank, world))
+        trainer.fit(module, batches(rank, world, case.get("infinite")))
         return trainer
 
-    fit(GaLore(**{"rank": 3, "update_gap": 2, "scale": 1.0, **case.get("galore", {})}))
+    projects = GaLore(**{"rank": 3, "update_gap": 2, "scale": 1.0, **case.get("galore", {})})
+    fit(projects, *([SpikeGuard("skip")] if "infinite" in case else []))
     state = {name: p.detach().clone() for name, p in module.named_parameters()}
     after = {}
     if case.get("again"):

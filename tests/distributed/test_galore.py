@@ -252,6 +252,7 @@ MODULES = {
     "experts, coupled": {"galore": {"decay": "coupled", "moments": "rotate"}},
     "another start": {"another_start": True},
     "nothing for DDP": {"bias": False, "another_start": True},
+    "infinite at a refresh": {"infinite": 5},  # of rank 1, in the third step
     "by hand": {"manual": True},
     "again without it": {"again": True},
 }
