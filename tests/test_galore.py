@@ -992,6 +992,19 @@ def test_the_randomised_subspace_holds_nearly_what_the_exact_one_does(shape):
     assert not torch.equal(other.left, repeated[0].left)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_rounding_turns_no_direction_of_the_randomised_subspace(seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right, noise = (torch.randn(64, 32, generator=generator) for _ in range(3))
+    # Of rank 8: the range finder's other 8 columns are rounding.
+    G = left[:, :8] * 0.7 ** torch.arange(8) @ right[:32, :8].T
+    found = [
+        subspace(gradient, 8, "full", "randomised", torch.Generator().manual_seed(1))
+        for gradient in (G, G * (1 + 1e-7 * noise))
+    ]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
 def test_the_exact_subspace_has_the_signs_of_torchs_decomposition():
     G = torch.randn(9, 5)
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)

@@ -6,6 +6,7 @@ and the adapter subtracts s B0 A0, which must be the same start, with the same g
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_adapters import DoRA, Kaiming, LoRA, MiLoRA, OLoRA, PiSSA, attach, initialise, merge
+from lit_adapters.initialisers.svd import leading_svd
 from tests.models import base_bytes, batch, fingerprint, gpt2, llama, logits, shake, shape_of
 from tests.reference import (
     LAYERS,
@@ -394,6 +396,18 @@ def test_another_seed_gives_another_fast_svd():
         attach(model, LoRA(rank=4, alpha=4, targets=["layer"]), seed=0)
         initialise(model, PiSSA(niter=0), seed=seed)
     assert not torch.equal(wide[0].layer.adapter.lora_A, wide[1].layer.adapter.lora_A)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rounding_turns_no_direction_of_the_fast_svd(seed):
+    generator = torch.Generator().manual_seed(seed)
+    random = partial(torch.randn, generator=generator)
+    # Of rank 8: the range finder's other 8 columns are rounding.
+    G = random(64, 8) * 0.7 ** torch.arange(8) @ random(8, 32)
+    rounded = G * (1 + 1e-7 * random(64, 32))
+    found = [leading_svd(matrix, 8, 4, torch.Generator().manual_seed(1)) for matrix in (G, rounded)]
+    for one, other in zip(*found, strict=True):
+        close(one, other, 1e-4)
 
 
 # ---------------------------------------------------------------- parity with PEFT

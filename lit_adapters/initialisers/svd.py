@@ -12,6 +12,8 @@ def leading_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``U`` (m, rank), ``S`` (rank,) and ``Vh`` (rank, n), largest first.
 
+    If randomised, the largest entry of each row of ``Vh`` is positive.
+
     Args:
         matrix: Any real matrix in fp32.
         rank: Triplets wanted; at most ``min(m, n)``.
@@ -30,7 +32,11 @@ def leading_svd(
     for _ in range(niter):
         Q = _orthonormal(matrix @ _orthonormal(matrix.T @ Q))
     U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    return Q @ U[:, :rank], S[:rank], Vh[:rank]
+    U, Vh = Q @ U[:, :rank], Vh[:rank]
+    # Signs would hang on the last bits of the matrix, which are others on other devices.
+    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0)  # (rank, 1)
+    return U * signs.T, S[:rank], signs * Vh
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

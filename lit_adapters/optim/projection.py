@@ -46,7 +46,8 @@ def subspace(
     """Return the leading singular directions of ``gradient``, in its dtype.
 
     Computed in fp32. Signs are those that the decomposition returns: an optimizer's moments outlive
-    the subspace, so another choice of signs is another algorithm.
+    the subspace, so another choice of signs is another algorithm. The randomised one's hang on the
+    last bits of the gradient: there the largest entry of each right direction is positive.
 
     Args:
         gradient: Finite; arXiv 2403.03507, algorithm 2.
@@ -116,4 +117,6 @@ def _randomised(
     for _ in range(POWER_ITERATIONS):
         Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ Q).Q).Q
     U, _, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    return Q @ U, Vh
+    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0)  # (columns, 1)
+    return Q @ U * signs.T, signs * Vh

@@ -38,8 +38,7 @@ METHODS = {
     "lora": {"adapter": "LoRA(rank=4)"},
     "dora": {"adapter": "DoRA(rank=4)"},
     "pissa": {"callbacks": ["InitAdapters(PiSSA(niter=None))"]},
-    # Exact: the randomised range finder turns rounding into other signs. SGD: its first step does
-    # not depend on signs.
+    # SGD: its first step does not depend on signs, which rounding may turn in the exact SVD.
     "lora_ga": {"callbacks": ["InitAdapters(LoRAGA(niter=None), batches=2)"], "optimizer": "sgd"},
     "llama_adapter": {"adapter": "LLaMAAdapter(prompt_length=3, top_layers=2)"},
     "prefix": {"adapter": "PrefixTuning(length=3)"},
@@ -53,6 +52,10 @@ VARIANTS = {
 # Every method by itself, what is no method, and (MATRIX) pairs of all that combines.
 CASES = {
     **METHODS,
+    "lora_ga randomised": {
+        "adapter": "LoRA(rank=2)",
+        "callbacks": ["InitAdapters(LoRAGA(), batches=2)"],
+    },
     "lora clip": {**METHODS["lora"], **VARIANTS["clip"]},
     "full clip": {**METHODS["full"], **VARIANTS["clip"]},
     "full clip value": {**METHODS["full"], **VARIANTS["clip value"]},
