@@ -102,7 +102,8 @@ def combined(method, bf16, accumulate, clip, recompute):
     settings = {"gradient_checkpointing": "full" if recompute else "none"}
     trainer = {"accumulate_grad_batches": 2 if accumulate else 1}
     trainer |= VARIANTS["clip"]["trainer"] if clip else {}
-    low = BF16 if bf16 else {"settings": {}, "trainer": {}}
+    # Not read from files, which leave rotary frequencies in fp32: `tolerances` are of others.
+    low = {**BF16, "passed_in": True} if bf16 else {"settings": {}, "trainer": {}}
     return {
         **METHODS[method],
         **low,
@@ -200,6 +201,7 @@ def ranks(tmp_path_factory):
     done.single({(name, "whole"): {**METHODS[name], **longer} for name in RESUMED})
     done.single({(name, "kept", "single"): keeping(folder, name, "single") for name in RESUMED})
     done.single({("evaluated", "single"): evaluated(folder, "single")})
+    done.single({("read in bf16", "single"): BF16})
     window = {"batch": 2, "trainer": {"accumulate_grad_batches": 2}}
     done.pair(
         {
@@ -215,6 +217,7 @@ def ranks(tmp_path_factory):
                 for n in ("lora", "full")
                 for s in OWN_OPTIONS
             },
+            **{("read in bf16", s): {**BF16, "strategy": s} for s in SPREAD},
             **{("no base", s): {"base": "./nowhere", "strategy": s} for s in SPREAD},
             ("not pinned",): {**going_on(folder, "pissa", "single", "fsdp2"), "callbacks": []},
             **{("evaluated", s): evaluated(folder, s) for s in SPREAD},
@@ -338,6 +341,15 @@ def test_one_rank_reads_what_others_shard_unless_it_says_why_not(ranks, name, st
 def test_what_every_rank_reads_is_said_with_the_reason(ranks, case, reason):
     for found in ranks[case]:
         assert found["said"] == [f"Every rank holds the whole base until it is sharded: {reason}."]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_what_one_rank_has_read_in_bf16_others_shard(ranks, strategy):
+    (expected,) = ranks["read in bf16", "single"]
+    for found, received in zip(ranks["read in bf16", strategy], (False, True), strict=True):
+        assert found["received"] == received
+        assert found["start"] == expected["start"]
+        assert_equal_runs(found, expected, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
