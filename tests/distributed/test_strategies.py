@@ -47,6 +47,7 @@ METHODS = {
 VARIANTS = {
     "clip": {"trainer": {"gradient_clip_val": 0.05}},
     "clip value": {"trainer": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}},
+    "recompute": {"settings": {"gradient_checkpointing": "full"}},
     "padded": {"batching": "padded"},
 }
 # Every method by itself, what is no method, and (MATRIX) pairs of all that combines.
@@ -99,7 +100,7 @@ MATRIX = pairwise(FACTORS)
 
 def combined(method, bf16, accumulate, clip, recompute):
     """A case of several of the factors at once."""
-    settings = {"gradient_checkpointing": "full" if recompute else "none"}
+    settings = VARIANTS["recompute"]["settings"] if recompute else {}
     trainer = {"accumulate_grad_batches": 2 if accumulate else 1}
     trainer |= VARIANTS["clip"]["trainer"] if clip else {}
     # Not read from files, which leave rotary frequencies in fp32: `tolerances` are of others.
@@ -116,10 +117,10 @@ def tolerances(method, bf16):
     """Of losses and norms, and of what was trained."""
     if not bf16:
         return 1e-5, 1e-5
-    # bf16 rounds to 3 digits, and batches of other shapes are summed in another order. Trained
-    # weights may then be rounded to the next number up; and the SVD that LoRA-GA starts from
-    # enlarges the rounding of gradients, in the factors more than in what they do.
-    return {"full": (1e-3, 2e-2), "lora_ga": (2e-3, 5e-2)}.get(method, (1e-3, 1e-3))
+    # bf16 rounds to 3 digits, and batches of other shapes are summed in another order. Where weights
+    # are trained in bf16, they and the norm are perhaps rounded to the next number. The SVD that
+    # LoRA-GA starts from enlarges rounding of gradients, in the factors more than in what they do.
+    return {"full": (8e-3, 2e-2), "lora_ga": (2e-3, 5e-2)}.get(method, (1e-3, 1e-3))
 
 
 def levels(case):
