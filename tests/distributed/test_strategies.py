@@ -117,9 +117,9 @@ def tolerances(method, bf16):
     """Of losses and norms, and of what was trained."""
     if not bf16:
         return 1e-5, 1e-5
-    # bf16 rounds to 3 digits, and batches of other shapes are summed in another order. Where weights
-    # are trained in bf16, they and the norm are perhaps rounded to the next number. The SVD that
-    # LoRA-GA starts from enlarges rounding of gradients, in the factors more than in what they do.
+    # bf16 rounds to 3 digits, and batches of other shapes are summed in another order. Weights that
+    # are trained in bf16, and the norm, may be rounded to the next number. The SVD that LoRA-GA
+    # starts from enlarges the rounding of gradients, in the factors more than in what they do.
     return {"full": (8e-3, 2e-2), "lora_ga": (2e-3, 5e-2)}.get(method, (1e-3, 1e-3))
 
 
