@@ -46,10 +46,11 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
     held = list(adapted_layers(model)) if adapted is None else adapted
     moving = {id(p) for _, layer, adapter in held for p in adapter.trained(layer)}
     sizes = {id(p): a.grown_from for _, layer, a in held for p in layer.parameters(recurse=False)}
-    adapters = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+    modules = list(model.modules())
+    adapters = {id(p) for m in modules if isinstance(m, Adapter) for p in m.parameters()}
     owners = {
-        id(p): m for m in model.modules() for n, p in m.named_parameters(recurse=False)
-        if n == "weight" and has_matrix(m) and not is_lookup(m)
+        id(m._parameters["weight"]): m for m in modules
+        if "weight" in m._parameters and has_matrix(m) and not is_lookup(m)
     }  # fmt: skip
     whole, rest = Digests(), Digests()
     for name, parameter in model.named_parameters():
@@ -66,7 +67,7 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
         if matrix is None:
             rest.update(name, own.shape, sample)
     written = any(getattr(adapter, "has_taken", False) for *_, adapter in held)
-    if written or not all(is_plain(module) for module in model.modules()):
+    if written or not all(map(is_plain, modules)):
         return "-".join((PACKED, PACKED, *rest.texts()))
     return "-".join((*whole.texts(), *rest.texts()))
 
@@ -79,10 +80,11 @@ class Digests:
 
     def update(self, name: str, shape: Sequence[int], sample: torch.Tensor | None = None) -> None:
         """Add one tensor; ``sample`` are some of its values."""
+        head = f"{name}{tuple(shape)}".encode()
         for dtype, digest in self.by_dtype.items():
-            digest.update(f"{name}{tuple(shape)}".encode())
+            digest.update(head)
             if sample is not None:
-                digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
+                digest.update(sample.to(dtype).view(torch.int16).numpy())  # its bytes, uncopied
 
     def texts(self) -> list[str]:
         """Return both, in hexadecimal."""

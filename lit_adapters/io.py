@@ -50,15 +50,15 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     Raises:
         ValueError: if the model holds no adapters.
     """
-    config = peft_config(model)
     adapted = list(adapted_layers(model))
+    config = peft_config(model, adapted)
     spec = _filed(adapted)
     extra = {
         "format": FORMAT,
         "method": spec.name,
         **dict(item for one in adapted for item in one.adapter.notes().items()),
         "base": base_name(model)[1],
-        "base_fingerprint": fingerprint(model),
+        "base_fingerprint": fingerprint(model, adapted),
         NOTE: to_note(prompting_of(model)),
         "versions": {
             "lit_adapters": __version__,
@@ -78,19 +78,23 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     return folder
 
 
-def peft_config(model: nn.Module) -> dict[str, Any]:
+def peft_config(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> dict[str, Any]:
     """Return the ``adapter_config.json`` of the adapters of ``model``.
 
     Its ``peft_type`` begins with ``LIT_`` where PEFT has no method that computes the same.
 
+    Args:
+        model: That holds adapters.
+        adapted: All of them, if they are known.
+
     Raises:
         ValueError: if the model holds no adapters.
     """
-    adapted = list(adapted_layers(model))
+    adapted = list(adapted_layers(model)) if adapted is None else adapted
     if not adapted:
         raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
     spec = _filed(adapted)
-    names = [name for name, *_ in adapted_layers(model, METHOD)]
+    names = [name for name, _, adapter in adapted if adapter.slot == METHOD]
     config = {
         **spec.to_peft(shortest_targets(model, names), adapted),
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
