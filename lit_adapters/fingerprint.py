@@ -84,7 +84,7 @@ class Digests:
         for dtype, digest in self.by_dtype.items():
             digest.update(head)
             if sample is not None:
-                digest.update(memoryview(sample.to(dtype).view(torch.int16).numpy()))
+                digest.update(sample.to(dtype).view(torch.int16).numpy().data)
 
     def texts(self) -> list[str]:
         """Return both, in hexadecimal."""
