@@ -1,6 +1,6 @@
 """Whole trainings on real records: our `fit`, transformers' Trainer + PEFT, TRL + PEFT, packed.
 
-    python benchmarks/end_to_end.py [--data ../shared/data/alpaca_en_demo.json --records 40
+    python benchmarks/end_to_end.py [--data ../shared/data/alpaca_en_demo.json --records 20
                                      --rounds 2 --vocabulary 32000 --json]
 
 Every side trains LoRA (rank 8, all linear layers, fused AdamW, no clipping) on the same records for
@@ -249,7 +249,7 @@ def quiet() -> Iterator[None]:
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__, "end_to_end")
     made.add_argument("--data", default="../shared/data/alpaca_en_demo.json")
-    sizes = {"records": 40, "held_out": 8, "max_length": 1024, "batch_size": 8}
+    sizes = {"records": 20, "held_out": 8, "max_length": 1024, "batch_size": 8}
     sizes |= {"hidden": 256, "layers": 2, "vocabulary": 32000, "rounds": 2}
     for name, value in sizes.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
