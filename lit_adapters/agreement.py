@@ -42,7 +42,8 @@ def compare(facts: Callable[[], Facts]) -> None:
     if said := differences(every):
         raise ValueError(
             f"the ranks of this run differ: {said}. Run the same command on all of them, on the "
-            "same files (is a copy on one machine older?)"
+            "same files (is a copy on one machine older?); what starts at random needs "
+            "seed_everything"
         )
 
 
@@ -101,7 +102,9 @@ def start_of(module: Any) -> Facts:
             ]
             for number, one in enumerate(trainer.optimizers)
         },
-        "training batches": trainer.num_training_batches if trainer.train_dataloader else None,
+        "training batches": None
+        if trainer.train_dataloader is None
+        else trainer.num_training_batches,
         **_data(trainer.datamodule),
     }
 

@@ -54,11 +54,7 @@ def compile_layers(model: nn.Module, backend: str, strategy: Strategy | None = N
         RuntimeError: if there is no compiler for that device.
         ValueError: if the model has no decoder layers, or is to be sharded.
     """
-    if is_sharded(strategy):
-        raise ValueError(
-            f"compile with {type(strategy).__name__}: what gathers the weights of a layer would be "
-            "compiled with it, and was not tried. Leave compile out, or train under DDP"
-        )
+    check_compile(strategy)
     if backend == "inductor":
         _check_compiler(strategy.root_device if strategy else torch.device("cpu"))
     try:
@@ -75,6 +71,15 @@ def compile_layers(model: nn.Module, backend: str, strategy: Strategy | None = N
         if getattr(layer, "gradient_checkpointing", False):
             recomputed: Any = layer
             recomputed._gradient_checkpointing_func = partial(_recompute, backend)
+
+
+def check_compile(strategy: Strategy | None) -> None:
+    """Raise a ValueError if layers cannot be compiled under ``strategy``."""
+    if is_sharded(strategy):
+        raise ValueError(
+            f"compile with {type(strategy).__name__}: what gathers the weights of a layer would be "
+            "compiled with it, and was not tried. Leave compile out, or train under DDP"
+        )
 
 
 def _options(backend: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def spaced(length: int, count: int) -> torch.Tensor:
     count = min(count, length)
     exact = [i * (length - 1) // max(1, count - 1) for i in range(count)]  # no float32
     with torch.inference_mode(False):  # it is kept
-        return torch.tensor(exact, dtype=torch.int64)
+        return torch.tensor(exact, dtype=torch.int64, device="cpu")  # wherever it is asked
 
 
 def same_base(one: str, other: str) -> bool:

@@ -91,7 +91,11 @@ def machine_of(strategy: Strategy | None) -> Machine | None:
     size = strategy.num_processes
     reader = dist.get_rank() // size * size
     alone = size == dist.get_world_size()
-    return Machine(reader, size, None if alone else dist.new_subgroups(group_size=size)[0])
+    if alone:
+        return Machine(reader, size)
+    # Others wait in this group while the reader reads, however long the user lets them.
+    timeout = strategy._timeout
+    return Machine(reader, size, dist.new_subgroups(group_size=size, timeout=timeout)[0])
 
 
 def held_by(module: nn.Module) -> list[Held]:

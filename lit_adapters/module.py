@@ -216,12 +216,16 @@ class AdapterFineTuneModule(CausalLMModule):
             make_portable(self)
         if self._built:
             return
-        compare(partial(settings_of, self))
+        if strategy is not None:
+            compare(partial(settings_of, self))
         machine = machine_of(strategy)
         built = build_once(machine, self._build, partial(obstacle_of, self))
         for name, value in built.items():
             setattr(self, name, value)
-        compare(partial(structure_of, self.model))
+        for callback in self._initialising():
+            callback.adopt(self, self.model)
+        if strategy is not None:
+            compare(partial(structure_of, self.model))
         if self.compile_backend:
             compile_layers(self.model, self.compile_backend, strategy)
         self.model = shard(self.model, strategy, machine)
@@ -247,9 +251,8 @@ class AdapterFineTuneModule(CausalLMModule):
         if self.recompute_every:
             recompute_activations(self.model, self.recompute_every)
         self.packing_obstacle = keep_rows_apart(self.model)
-        for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
-            if isinstance(callback, InitAdapters):
-                callback.initialise(self, self.model, agree=not sharded)
+        for callback in self._initialising():
+            callback.initialise(self, self.model, agree=not sharded)
         self.model.train()  # from_pretrained returns evaluation mode, where dropout never runs
         if sharded:
             self._sizes = footprint(self.model)
@@ -260,6 +263,10 @@ class AdapterFineTuneModule(CausalLMModule):
             for name in ("model", "packing_obstacle", "_sizes", WHOLE)
             if hasattr(self, name)
         }
+
+    def _initialising(self) -> list[InitAdapters]:
+        callbacks = self._trainer.callbacks if self._trainer else []  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, InitAdapters)]
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True

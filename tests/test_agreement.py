@@ -1,10 +1,13 @@
 """What ranks say of their differences; that they are compared at all is shown with real ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from lit_adapters import LoRA, attach
-from lit_adapters.agreement import _checksum, as_texts, compare, differences, structure_of
+from lit_adapters.agreement import _checksum, as_texts, compare, differences, start_of, structure_of
 from tests.models import llama
 
 
@@ -60,3 +63,21 @@ def test_structures_differ_by_targets_and_by_base():
     assert found["number of trained tensors"] == 28
     assert found != facts(llama(), LoRA(rank=2, targets=["q_proj"]))
     assert found["base model"] != facts(llama(1), LoRA(rank=2))["base model"]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield 0
+
+
+def test_data_without_a_length_has_a_start():
+    model = llama()
+    attach(model, LoRA(rank=2))
+    trainer = SimpleNamespace(
+        train_dataloader=DataLoader(Endless()),
+        num_training_batches=float("inf"),
+        optimizers=[],
+        datamodule=None,
+    )
+    found = start_of(SimpleNamespace(trainer=trainer, model=model))
+    assert found["training batches"] == float("inf")

@@ -87,6 +87,8 @@ REFUSED = {
     "packed states": (["--devices=2", "--strategy=fsdp2",
                        "--model.optimizer=bitsandbytes.optim.AdamW8bit"], "optimizer: AdamW8bit"),
     "copies of all": (["--devices=2", "--strategy=fsdp2", *GUARD], "SpikeGuard: .*whole weights"),
+    "compiled shards": (["--devices=2", "--strategy=fsdp2", "--model.compile=true"],
+                        "compile: compile with ModelParallelStrategy"),
     "few records": (["--devices=51", "--strategy=ddp"], "data: 50 examples.*51 devices"),
     "little memory": (["--devices=2", "--strategy=ddp", "--memory=1MB"], "memory: a rank needs"),
 }  # fmt: skip
@@ -129,6 +131,14 @@ def test_galore_is_asked_itself(capsys, strategy, side, problem):
     else:
         assert status == 1
         assert re.search(problem, found["problems"][0])
+
+
+def test_galore_s_optimizer_is_asked_too(capsys):
+    pytest.importorskip("bitsandbytes")
+    words = ["--devices=2", "--strategy=ddp", "--trainer.callbacks.moments=reset"]
+    status, found = check(capsys, *words, config="alpaca_galore_8bit.yaml")
+    assert status == 1
+    assert "moments='reset' needs moments that can be read" in found["problems"][0]
 
 
 def test_ddp_has_no_buckets_for_what_galore_averages():

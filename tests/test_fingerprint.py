@@ -16,6 +16,11 @@ def test_sampled_indices_span_the_tensor_and_stay_inside(length):
     assert len(set(indices)) == min(16, length)
 
 
+def test_sampled_indices_are_on_the_cpu_wherever_they_are_first_asked_for():
+    with torch.device("meta"):
+        assert spaced(1234, 7).device.type == "cpu"
+
+
 def test_adapters_and_precision_do_not_change_a_fingerprint():
     model = llama()
     bare = fingerprint(model)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.lr_scheduler import ConstantLR
 
 from lit_adapters import (
     AdapterFineTuneModule,
@@ -32,14 +33,19 @@ pytestmark = [
 ]
 
 
-def fit(folder, callback, loggers=(), epochs=3, files=1, **settings):
+def fit(folder, callback, loggers=(), epochs=3, files=1, streaming=False, **settings):
     paths = [folder / f"pairs{number or ''}.jsonl" for number in range(files)]
     for number, path in enumerate(paths):
         path.write_text("\n".join(map(json.dumps, RECORDS[number::files])))
-    data = InstructionDataModule(list(map(str, paths)), batch_size=4, val_size=6)
+    data = InstructionDataModule(
+        list(map(str, paths)), batch_size=4, val_size=6, streaming=streaming, max_length=64
+    )
     torch.manual_seed(0)
     module = AdapterFineTuneModule(
-        llama(vocab_size=len(TOKENIZER)), LoRA(rank=4, dropout=0.3), tokenizer=TOKENIZER
+        llama(vocab_size=len(TOKENIZER)),
+        LoRA(rank=4, dropout=0.3),
+        tokenizer=TOKENIZER,
+        **({"lr_scheduler": lambda o: ConstantLR(o, 1.0)} if streaming else {}),
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -91,6 +97,11 @@ def test_nothing_shown_is_nothing_answered_at_validations(tmp_path, capsys):
     fit(tmp_path, samples(show=0))
     assert not (tmp_path / "samples.csv").exists()
     assert "Answers after" not in capsys.readouterr().out
+
+
+def test_a_stream_of_unknown_length_is_answered_at_validations(tmp_path):
+    fit(tmp_path, samples(show=1), epochs=2, streaming=True)
+    assert [row["step"] for row in rows_of(tmp_path / "samples.csv")] == ["0", "4", "8", "8"]
 
 
 def test_training_does_not_notice(tmp_path):

@@ -103,6 +103,14 @@ class InitAdapters(Callback):
                 adapter.load_state_dict(trainer.strategy.broadcast(values))
         self._report(trainer, adapters, time.perf_counter() - begun)
 
+    def adopt(self, pl_module: LightningModule, model: nn.Module) -> None:
+        """Take the adapters of ``model``, which another rank may have initialised, for done."""
+        if self.initialiser is not None and pl_module.trainer.state.fn == TrainerFn.FITTING:
+            *_, adapter = next(iter(adapted_layers(model, METHOD)))
+            self._done = adapter
+            if pl_module.trainer.ckpt_path is None:
+                self._start = adapter.start_name
+
     def _run(
         self, initialiser: Initialiser, pl_module: LightningModule, model: nn.Module
     ) -> list[str]:

@@ -93,7 +93,8 @@ class SampleGenerations(Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not (fitting and self.at_validation and self.show):
             return
-        if trainer.global_step >= trainer.estimated_stepping_batches:
+        last = trainer.estimated_stepping_batches  # -1 of a stream whose length nobody knows
+        if 0 <= last <= trainer.global_step:
             return
         examples = self._examples(trainer)
         chosen = [examples[i] for i in in_turns(examples)[: self.show]]

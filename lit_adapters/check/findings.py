@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from lit_adapters.callbacks import GaLore, SpikeGuard
 from lit_adapters.check.absent import absent_trainer
 from lit_adapters.check.shares import rank_bytes, share_of
+from lit_adapters.compilation import check_compile
 from lit_adapters.estimate.estimation import peaks_of
 from lit_adapters.estimate.rehearsal import Rehearsal
 from lit_adapters.estimate.shapes import Training
 from lit_adapters.footprint import footprint
-from lit_adapters.optim import choose_layers, parameter_groups
+from lit_adapters.optim import check_suited, choose_layers, parameter_groups
 from lit_adapters.sharding import Unit, check_optimizer, check_sharding, units
 from lit_adapters.targets import match_targets
 
@@ -87,6 +88,9 @@ def examine(
             found.counts = {"ranks": trainer.world_size, "nodes": trainer.num_nodes}
         if trainer is not None and rehearsal is not None:
             trainer.strategy._lightning_module = rehearsal.module
+            if training.module.compile_backend:
+                with found.noting("compile"):
+                    check_compile(trainer.strategy)
             projected = _examine_model(found, trainer, rehearsal)
             with found.noting("memory"):
                 _examine_memory(found, trainer, rehearsal, projected, memory)
@@ -113,7 +117,11 @@ def _examine_model(found: Findings, trainer: Trainer, rehearsal: Rehearsal) -> l
     with found.noting("optimizer"):
         module = rehearsal.module
         groups = parameter_groups(model, module.lora_plus_ratio, module.embedding_lr)
-        check_optimizer(module.optimizer_factory(groups), strategy)
+        optimizer = module.optimizer_factory(groups)
+        check_optimizer(optimizer, strategy)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GaLore):
+                check_suited(optimizer, callback.settings.moments)
     sizes = footprint(model)
     found.parameters = {"all": sizes.total, "trained": sizes.trainable}
     return projected

@@ -1,6 +1,7 @@
 """How parameters are stepped: groups, schedules, and GaLore's projection around an optimizer."""
 
 from lit_adapters.optim.choice import choose_layers
+from lit_adapters.optim.decay import check_suited
 from lit_adapters.optim.eight_bit import unpacked
 from lit_adapters.optim.galore import GaLoreEngine
 from lit_adapters.optim.galore_settings import Projection
@@ -13,6 +14,7 @@ __all__ = [
     "SHADOW",
     "GaLoreEngine",
     "Projection",
+    "check_suited",
     "choose_layers",
     "fuse",
     "hold_ratios",

@@ -30,10 +30,14 @@ UNSUITED = {
 }
 
 
-def check_suited(optimizer: Optimizer) -> None:
+def check_suited(optimizer: Optimizer, moments: str) -> None:
     """Refuse optimizers that would not do on a projected gradient what they do on a full one.
 
     What is stepped is zero before every step, so a step may depend on gradients only.
+
+    Args:
+        optimizer: To be projected for.
+        moments: What becomes of its state at a change of subspace, as in `Projection`.
 
     Raises:
         ValueError: naming the optimizer and the reason.
@@ -54,6 +58,11 @@ def check_suited(optimizer: Optimizer) -> None:
                 "Take transformers.Adafactor with scale_parameter=False and relative_step=False, "
                 "or AdamW"
             )
+    if moments != "keep" and packs_moments(optimizer):
+        raise ValueError(
+            f"moments={moments!r} needs moments that can be read, and "
+            f"{type(optimizer).__name__} packs them; take moments='keep'"
+        )
 
 
 def decay_of(optimizer: Optimizer) -> Decay:

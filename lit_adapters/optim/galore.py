@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_adapters.optim.choice import check_unstepped, choose_layers
-from lit_adapters.optim.decay import check_suited, decay_of, packs_moments
+from lit_adapters.optim.decay import check_suited, decay_of
 from lit_adapters.optim.exchange import average_projected, share_subspace, whole_gradient
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.projection import Projector, rotate, subspace
@@ -77,12 +77,7 @@ class GaLoreEngine:
         seed: int | None = None,
         ranks: int = 1,
     ) -> None:
-        check_suited(optimizer)
-        if settings.moments != "keep" and packs_moments(optimizer):
-            raise ValueError(
-                f"moments={settings.moments!r} needs moments that can be read, and "
-                f"{type(optimizer).__name__} packs them; take moments='keep'"
-            )
+        check_suited(optimizer, settings.moments)
         self.decay = decay_of(optimizer) if settings.decay == "auto" else settings.decay
         self.settings = settings
         self.optimizer = optimizer

@@ -78,6 +78,7 @@ CASES = {
     "qlora": {"settings": {"quantization": "BitsAndBytes(kind='nf4', storage='float32')"}},
     "qlora in bytes": {"settings": {"quantization": "BitsAndBytes(kind='nf4')"}},
     "trained copies": {"adapter": "LoRA(rank=4, modules_to_save=['lm_head'])"},
+    "fitted before": {"callbacks": ["InitAdapters(PiSSA(niter=None))"], "fitted_before": True},
     "passed in": {"passed_in": True},
     "olora passed in": {"callbacks": ["InitAdapters(OLoRA())"], "passed_in": True},
 }

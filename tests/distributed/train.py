@@ -184,24 +184,28 @@ def run(case):
         callbacks.append(AdapterCheckpoint(case["keep"], every_n_train_steps=1))
     if "predictions" in case:
         callbacks.append(PredictionWriter(case["predictions"]))
-    trainer = Trainer(
-        **{
-            "default_root_dir": case["folder"],
-            "accelerator": "cpu",
-            "devices": devices,
-            "num_nodes": ranks // devices,
-            "strategy": STRATEGIES[case.get("strategy", "single")](),
-            "logger": False,
-            "max_steps": 3,
-            "max_epochs": 9,
-            "limit_val_batches": 0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": "keep" in case,
-            "callbacks": callbacks,
-            **case.get("trainer", {}),
-        }
-    )
+
+    def trainer_with(callbacks):
+        return Trainer(
+            **{
+                "default_root_dir": case["folder"],
+                "accelerator": "cpu",
+                "devices": devices,
+                "num_nodes": ranks // devices,
+                "strategy": STRATEGIES[case.get("strategy", "single")](),
+                "logger": False,
+                "max_steps": 3,
+                "max_epochs": 9,
+                "limit_val_batches": 0,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "enable_checkpointing": "keep" in case,
+                "callbacks": callbacks,
+                **case.get("trainer", {}),
+            }
+        )
+
+    trainer = trainer_with(callbacks)
     starts, received, said = [], [], []
 
     def digested(given, *args):
@@ -215,6 +219,8 @@ def run(case):
     real, lit_adapters.module.shard = lit_adapters.module.shard, digested
     lit_adapters.loading_once.rank_zero_info = said.append
     try:
+        if case.get("fitted_before"):
+            trainer_with([c for c in callbacks if c not in (watch, traffic)]).fit(module, data)
         trainer.fit(module, data, ckpt_path=case.get("resume"))
     finally:
         lit_adapters.module.shard = real
