@@ -86,7 +86,14 @@ REFUSED = {  # under FSDP1
     "trained copies": "WholeModules puts trained copies in the place",
     "qlora in bytes": "model.layers.0 are of torch.float32 and torch.uint8",
 }
-READ_BY_ALL = {"lora_ga", "qlora", "qlora in bytes", "passed in", "olora passed in"}
+READ_BY_ALL = {
+    "lora_ga",
+    "lora_ga randomised",
+    "qlora",
+    "qlora in bytes",
+    "passed in",
+    "olora passed in",
+}
 RESUMED = ["lora", "pissa", "full"]
 FACTORS = {
     "strategy": SPREAD,
