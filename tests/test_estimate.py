@@ -355,3 +355,15 @@ def test_a_batch_that_is_filled_by_tokens_counts_as_its_sequences():
     assert sequences_of(data) == 8
     data.batch_tokens = 4097
     assert sequences_of(data) == 17
+
+
+def test_a_quantised_estimate_leaves_nothing_without_values_behind():
+    functional = pytest.importorskip("bitsandbytes").functional
+    kept = functional.name2qmap.pop("dynamic", None)
+    try:
+        estimate(Rehearsal(Training(AdapterFineTuneModule("tiny", quantization="nf4"), 1, 16)))
+        assert not functional.name2qmap["dynamic"].is_meta
+    finally:
+        functional.name2qmap.pop("dynamic", None)
+        if kept is not None:
+            functional.name2qmap["dynamic"] = kept
