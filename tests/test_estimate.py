@@ -362,7 +362,7 @@ def test_a_quantised_estimate_leaves_nothing_without_values_behind():
     kept = functional.name2qmap.pop("dynamic", None)
     try:
         estimate(Rehearsal(Training(AdapterFineTuneModule("tiny", quantization="nf4"), 1, 16)))
-        assert not functional.name2qmap["dynamic"].is_meta
+        assert not any(table.is_meta for table in functional.name2qmap.values())
     finally:
         functional.name2qmap.pop("dynamic", None)
         if kept is not None:

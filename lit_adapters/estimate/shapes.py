@@ -101,8 +101,6 @@ def like(
 
 def built_with_shapes(training: Training, trace: MemoryTrace) -> Shapes:
     """Return the module of a training, its model built, adapted and ready."""
-    if training.module.quantization is not None:
-        _make_real_tables()
     module = like(training.module, Shapes, compile=False)
     assert isinstance(module, Shapes)
     module._trace = trace
@@ -121,11 +119,3 @@ def make_room(model: nn.Module, initialiser: Initialiser | None) -> None:
             adapter.take()
         elif initialiser is not None and initialiser.pins_origin:
             adapter.make_room()
-
-
-def _make_real_tables() -> None:
-    """Let bitsandbytes keep its table of numbers with values, not as a shape for all who follow."""
-    from bitsandbytes import functional
-
-    if "dynamic" not in functional.name2qmap:
-        functional.name2qmap["dynamic"] = functional.create_dynamic_map()

@@ -200,7 +200,13 @@ def _halve_blocks(layer: Any) -> None:
 
 
 def _allocate_4bit(layer: Any, empty: Callable[[Tensor], Tensor]) -> None:
+    from bitsandbytes import functional as bnb
+
+    tables = dict(bnb.name2qmap)
     packed = layer.weight._quantize("meta")
+    if bnb.name2qmap.keys() != tables.keys():  # one without values, made for all who follow
+        bnb.name2qmap.clear()
+        bnb.name2qmap.update(tables)
     _allocate_packed(layer, empty)
     state = packed.quant_state
     for part in (state, *([state.state2] if state.nested else [])):
