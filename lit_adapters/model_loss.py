@@ -115,7 +115,9 @@ class Shortcut:
             return None
         self.hidden = args[0]
         if not self.probing:
-            return (self.hidden[:1, :1].detach(),), {}
+            one = self.hidden[:1, :1].detach()
+            # Its strides would have torch copy the weight for a batched product.
+            return (one.clone(memory_format=torch.contiguous_format),), {}
         with torch.no_grad():
             width = self.hidden.shape[-1]
             wave = torch.arange(1, width + 1, device=self.hidden.device).sin()

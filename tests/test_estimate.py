@@ -1,5 +1,6 @@
 """The estimate: counts against the tensors of a model that was trained, peaks against a profile."""
 
+import gc
 import json
 import subprocess
 import sys

@@ -45,7 +45,8 @@ class _ThinProduct(Function):
         if keep is not None:
             slope = slope * ctx.growth
         if ctx.needs_input_grad[0]:
-            to_x = kept((slope @ A.to(slope.dtype)).to(x.dtype), keep)
+            to_x = slope @ A.to(slope.dtype)
+            to_x = (to_x if keep is None else to_x.mul_(keep)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             rows = kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
             to_A = (slope.reshape(-1, len(A)).T @ rows).to(A.dtype)
