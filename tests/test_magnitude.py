@@ -42,7 +42,6 @@ def test_a_ratio_of_zero_and_less_has_the_gradient_of_the_formula(dtype, toleran
     for inputs, function in ((found, scaled), (expected, formula)):
         with torch.no_grad():
             inputs[1].copy_(torch.tensor([1.0, 0.0, -2.0, 1e-6, 1e-9]))
-            inputs[2].mul_(0.1).clamp_(-1e-1, 1e-1)
         function(*inputs, dtype).float().square().sum().backward()
     for one, other in zip(found, expected, strict=True):
         size = other.grad.abs().max().item()
