@@ -42,8 +42,9 @@ def test_a_ratio_of_zero_and_less_has_the_gradient_of_the_formula(dtype, toleran
     for inputs, function in ((found, scaled), (expected, formula)):
         with torch.no_grad():
             inputs[1].copy_(torch.tensor([1.0, 0.0, -2.0, 1e-6, 1e-9]))
-        function(*inputs, dtype).float().square().sum().backward()
-    for one, other in zip(found, expected, strict=True):
+        weights = torch.linspace(-1, 1, 5)  # squares would have a gradient of 0 at 0
+        (function(*inputs, dtype).float() * weights).sum().backward()
+    for one, other in zip(found[: 2 + with_bias], expected, strict=False):
         size = other.grad.abs().max().item()
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=tolerance * size)
 
