@@ -1,6 +1,7 @@
 """The LightningModule that trains: a base, an adapter on it, an optimizer over the adapter."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from typing import Any, cast
@@ -35,6 +36,7 @@ from lit_adapters.guards import (
     check_tokens,
     warn_if_rounded,
 )
+from lit_adapters.input_sharing import finding_shared_inputs
 from lit_adapters.loading_once import build_once, machine_of, obstacle_of
 from lit_adapters.losses import LossKind
 from lit_adapters.optim import (
@@ -302,7 +304,9 @@ class AdapterFineTuneModule(CausalLMModule):
             inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
             if "logits_to_keep" in signature(self.model.forward).parameters:
                 inputs["logits_to_keep"] = 1  # all of them could be the peak of the run
-            check_adapters_fire(self.model, {**inputs, "use_cache": False})
+            whole = not is_sharded(self.trainer.strategy) and not self.compile_backend
+            with finding_shared_inputs(self.model) if whole else nullcontext():
+                check_adapters_fire(self.model, {**inputs, "use_cache": False})
             self._adapters_checked = True
             self.window.start()
 

@@ -38,6 +38,7 @@ FLOORS = {
     "fingerprint.py": 4,
     "blockwise_attention.py": 4,
     "packed_rows.py": 5,
+    "input_sharing.py": 4,
     "model_card.py": 4,
     "saved_settings.py": 4,
     "trained_state.py": 4,

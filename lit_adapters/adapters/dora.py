@@ -140,7 +140,7 @@ class DoRAAdapter(LoRAAdapter):
         ratio = per_output(layer, self.magnitude / self.norms(layer, factors))
         if self.drops(x):
             return self._with_dropout(layer, x, output, ratio)
-        product = add_low_rank(layer, output.to(ratio.dtype), x, *factors, self.scale)
+        product = self.add_branch(layer, output.to(ratio.dtype), x, factors)
         bias = bias_of(layer)
         bias = None if bias is None else per_output(layer, bias)
         return scaled(product, ratio, bias, output.dtype)

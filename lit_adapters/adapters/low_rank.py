@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.adapters.base import Adapter, AdapterSpec
+from lit_adapters.adapters.shared_input import SharedInput
 from lit_adapters.adapters.taken import KeepsTaken
 from lit_adapters.initialisers import Factors, Initialiser, Kaiming, RewritesBase
 from lit_adapters.weights import (
     add_low_rank,
+    add_scaled,
     factor_shapes,
     group_count,
     is_lookup,
@@ -40,6 +42,7 @@ class LoRAAdapter(KeepsTaken):
 
     lora_A0: nn.Parameter | None
     lora_B0: nn.Parameter | None
+    shared_input: SharedInput | None = None  # set by `finding_shared_inputs`
 
     def __init__(
         self, spec: AdapterSpec, rank: int, scale: float, dropout: float, layer: nn.Module
@@ -167,7 +170,14 @@ class LoRAAdapter(KeepsTaken):
                 output = add_low_rank(layer, output, x, self.lora_A0, self.lora_B0, -self.scale)
             factors = (self.lora_A, self.lora_B, self.scale)
             return add_low_rank(layer, output, x, *factors, dropout=self.dropout)
-        return add_low_rank(layer, output, x, *self.factors(), self.scale)
+        return self.add_branch(layer, output, x, self.factors())
+
+    def add_branch(self, layer: nn.Module, output: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """Return ``output + scale * B A x``, with ``A x`` from a product shared by some layers."""
+        shared = None if self.shared_input is None else self.shared_input.product(self, x)
+        if shared is None:
+            return add_low_rank(layer, output, x, *factors, self.scale)
+        return add_scaled(output, shared, factors.B, self.scale)
 
     def drops(self, x: Tensor) -> bool:
         """Whether dropout acts on the input ``x``."""

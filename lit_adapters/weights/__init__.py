@@ -7,6 +7,7 @@ class with the functions below; nothing else in the library changes.
 from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
 from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
+from lit_adapters.weights.dense import add_scaled
 from lit_adapters.weights.quantised import hush, rounded
 from lit_adapters.weights.storage import (
     add_low_rank,
@@ -20,6 +21,7 @@ from lit_adapters.weights.storage import (
     is_lookup,
     is_plain,
     matrix_shape,
+    multiplies_rows,
     peft_agrees,
     per_output,
     read_weight,
@@ -31,9 +33,11 @@ from lit_adapters.weights.storage import (
     weight_blocks,
     write_weight,
 )
+from lit_adapters.weights.thin_product import thin_products
 
 __all__ = [
     "add_low_rank",
+    "add_scaled",
     "allocate",
     "as_matrix",
     "factor_shapes",
@@ -46,6 +50,7 @@ __all__ = [
     "is_plain",
     "settle",
     "matrix_shape",
+    "multiplies_rows",
     "peft_agrees",
     "per_output",
     "read_weight",
@@ -54,6 +59,7 @@ __all__ = [
     "rounding",
     "side_tensors",
     "stored_matrix",
+    "thin_products",
     "weight_blocks",
     "write_weight",
 ]

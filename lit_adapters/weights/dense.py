@@ -10,6 +10,7 @@ from lit_adapters.weights.storage import (
     as_matrix,
     is_lookup,
     matrix_shape,
+    multiplies_rows,
 )
 from lit_adapters.weights.thin_product import thin_product
 
@@ -48,7 +49,7 @@ def _(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    return _add_scaled(output, thin_product(x, A, dropout), B, scale)
+    return add_scaled(output, thin_product(x, A, dropout), B, scale)
 
 
 @add_low_rank.register(nn.Embedding)
@@ -57,7 +58,7 @@ def _(layer: nn.Embedding, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scal
     # It is read as a buffer or number at call time: a cast of the model casts it as well.
     factor = getattr(layer, "embed_scale", 1.0)
     hidden = F.embedding(x, A.T, padding_idx=layer.padding_idx)
-    return _add_scaled(output, hidden * factor, B, scale)
+    return add_scaled(output, hidden * factor, B, scale)
 
 
 @is_lookup.register(nn.Embedding)
@@ -65,7 +66,13 @@ def _(layer: nn.Embedding) -> bool:
     return True
 
 
-def _add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
+@multiplies_rows.register(nn.Linear)
+@multiplies_rows.register(Conv1D)
+def _(layer: nn.Linear | Conv1D) -> bool:
+    return True
+
+
+def add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
     """``output + scale * hidden B^T``, cast to the dtype of ``output``; ``hidden`` is (..., r)."""
     if output.dtype == hidden.dtype == B.dtype:
         # addmm folds scaling and addition into the product: no temporary of the output's size.

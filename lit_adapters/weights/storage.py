@@ -175,6 +175,12 @@ def group_count(layer: nn.Module) -> int:
 
 
 @singledispatch
+def multiplies_rows(layer: nn.Module) -> bool:
+    """Whether `add_low_rank` is `add_scaled` of `thin_product`, for every row of the input."""
+    return False
+
+
+@singledispatch
 def peft_agrees(layer: nn.Module) -> bool:
     """Whether PEFT computes the same from the same factors beside a layer like this."""
     return True

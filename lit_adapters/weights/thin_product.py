@@ -1,5 +1,6 @@
 """The product with ``A`` (r, in), keeping for the backward pass no copy of what goes into it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,30 +25,44 @@ def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if not dropout and (x.dtype == A.dtype or not torch.is_grad_enabled()):
         return F.linear(x.to(A.dtype), A)
-    product: Tensor = _ThinProduct.apply(x, A, dropout)
+    product: Tensor = _ThinProduct.apply(x, dropout, A)
     return product
+
+
+def thin_products(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return `thin_product` with each of several factors, computed as one product."""
+    products: Tensor = _ThinProduct.apply(x, 0.0, *factors)
+    return products.split([len(A) for A in factors], -1)
 
 
 class _ThinProduct(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, dropout: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropout: float, *factors: Tensor) -> Tensor:
+        A = _stacked(factors)
         keep = keep_mask(x, dropout) if dropout else None
-        ctx.save_for_backward(x, A, keep)
+        ctx.save_for_backward(x, keep, *factors)
         ctx.growth = growth(dropout)
         product = F.linear(kept(x, keep).to(A.dtype), A)  # autocast may have a dtype of its own
         return product if keep is None else product.mul_(ctx.growth)  # the thinnest place for it
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, A, keep = ctx.saved_tensors
-        to_x = to_A = None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, keep, *factors = ctx.saved_tensors
+        A = _stacked(factors)
+        to_x, to_factors = None, [None] * len(factors)
         if keep is not None:
             slope = slope * ctx.growth
         if ctx.needs_input_grad[0]:
             to_x = slope @ A.to(slope.dtype)
             to_x = (to_x if keep is None else to_x.mul_(keep)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad[2:]):
             rows = kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
             to_A = (slope.reshape(-1, len(A)).T @ rows).to(A.dtype)
-        return to_x, to_A, None
+            to_factors = list(to_A.split([len(factor) for factor in factors]))
+        return to_x, None, *to_factors
+
+
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """One matrix of all rows; not saved, for it would be a copy."""
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
