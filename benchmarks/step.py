@@ -41,6 +41,7 @@ from torch.optim import AdamW
 from lit_adapters import DoRA, FullFineTuning, LLaMAAdapter, LoRA, PiSSA, attach, initialise
 from lit_adapters.adapters import AdapterSpec, LoRAAdapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.input_sharing import finding_shared_inputs
 from lit_adapters.losses import LossKind
 from lit_adapters.model_loss import ModelLoss
 from lit_adapters.recompute import recompute_activations
@@ -99,6 +100,8 @@ def adapted(bare: nn.Module, spec: AdapterSpec, start: PiSSA | None = None) -> n
     attach(model, spec, seed=0)
     if start is not None:
         initialise(model, start, seed=0)
+    with torch.no_grad(), finding_shared_inputs(model):  # as before the first step of a fit
+        model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     return shake(model)
 
 
