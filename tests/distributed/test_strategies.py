@@ -125,10 +125,11 @@ def tolerances(method, bf16):
     """Of losses and norms, and of what was trained."""
     if not bf16:
         return 1e-5, 1e-5
-    # bf16 rounds to 3 digits, and batches of other shapes are summed in another order. Weights that
+    # bf16 rounds to 3 digits, and batches of other shapes are summed in another order, as are the
+    # gradients of an input that several adapters read: shards compute them one by one. Weights that
     # are trained in bf16, and the norm, may be rounded to the next number. The SVD that LoRA-GA
     # starts from enlarges the rounding of gradients, in the factors more than in what they do.
-    return {"full": (8e-3, 2e-2), "lora_ga": (2e-3, 5e-2)}.get(method, (1e-3, 1e-3))
+    return {"full": (8e-3, 2e-2), "lora_ga": (2e-3, 5e-2)}.get(method, (1e-3, 5e-3))
 
 
 def levels(case):
@@ -258,9 +259,9 @@ def within(found, allowed):
     return all(one <= most for one, most in zip(found, allowed, strict=True))
 
 
-def assert_equal_runs(found, expected, tolerance=1e-5):
+def assert_equal_runs(found, expected):
     apart = deviations(found, expected)
-    assert within(apart, (tolerance, tolerance)), apart
+    assert within(apart, (1e-5, 1e-5)), apart
 
 
 @pytest.mark.parametrize("strategy", SPREAD)
@@ -358,7 +359,8 @@ def test_what_one_rank_has_read_in_bf16_others_shard(ranks, strategy):
     for found, received in zip(ranks["read in bf16", strategy], (False, True), strict=True):
         assert found["received"] == received
         assert found["start"] == expected["start"]
-        assert_equal_runs(found, expected, tolerance=1e-3)
+        apart = deviations(found, expected)
+        assert within(apart, tolerances("lora", True)), apart
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
