@@ -20,6 +20,7 @@ from lit_adapters.optim.choice import check_unstepped, choose_layers
 from lit_adapters.optim.decay import check_suited, decay_of
 from lit_adapters.optim.exchange import average_projected, share_subspace, whole_gradient
 from lit_adapters.optim.galore_settings import Projection
+from lit_adapters.optim.projected_linear import divert, suits
 from lit_adapters.optim.projection import Projector, rotate, subspace
 from lit_adapters.optim.rows import as_rows_of, keep_own_gradient, own_rows
 from lit_adapters.optim.shadow import Shadowed
@@ -100,10 +101,17 @@ class GaLoreEngine:
                 one.weight.register_post_accumulate_grad_hook(partial(self._take, one))
                 for one in self.projected.values()
             ),
+            *(
+                one.shadow.register_post_accumulate_grad_hook(self._arrive)
+                for one in self.projected.values()
+            ),
             *(p.register_post_accumulate_grad_hook(keep_own_gradient) for p in beside),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        for one in self.projected.values():
+            if not one.is_cut and suits(one.layer, settings.rank):
+                divert(one.layer, one.shadow, partial(self._subspace_of, one))
 
     @property
     def attached(self) -> bool:
@@ -120,6 +128,14 @@ class GaLoreEngine:
             one.remove()
 
     # --- gradients -------------------------------------------------------------------------------
+
+    def _subspace_of(self, one: Shadowed) -> Projector | None:
+        """Return what the next gradient is to be projected on; None if it is wanted whole."""
+        return one.projector if self.active and not one.due else None
+
+    def _arrive(self, shadow: Tensor) -> None:
+        """Notice a gradient that came projected."""
+        self._arrived = self.pending = True
 
     @torch.no_grad()
     def _take(self, one: Shadowed, weight: Tensor) -> None:

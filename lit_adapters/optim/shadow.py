@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.optim.galore_settings import Projection
+from lit_adapters.optim.projected_linear import restore
 from lit_adapters.optim.projection import Projector, add_back, project, projected_shape, sides
 from lit_adapters.optim.rounding import round_stochastically
 from lit_adapters.optim.rows import as_rows_of, is_cut, own_rows, place_of_rows
@@ -59,6 +60,7 @@ class Shadowed:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self.kept = [], None
+        restore(self.layer)
         self.layer._parameters.pop(SHADOW, None)
 
     @property
