@@ -966,38 +966,76 @@ def test_bf16_training_is_repeatable_and_learns():
 # ---------------------------------------------------------------- the subspace
 
 
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
-def test_the_randomised_subspace_holds_nearly_what_the_exact_one_does(shape):
-    torch.manual_seed(0)
-    U, Vh = (
-        torch.linalg.qr(torch.randn(shape[0], 40)).Q,
-        torch.linalg.qr(torch.randn(shape[1], 40)).Q.T,
-    )
-    G = U[:, :40] * (torch.arange(1, 41) ** -1.0) @ Vh[:40]
-    held = {}
-    before = torch.get_rng_state()
-    for svd in ("exact", "randomised"):
-        P = subspace(G, 8, "std", svd, torch.Generator().manual_seed(3))
-        basis = P.right if P.right is not None else P.left.T
-        torch.testing.assert_close(basis @ basis.T, torch.eye(8), atol=1e-5, rtol=1e-5)
-        held[svd] = project(G, P).square().sum()
-    assert held["randomised"] <= held["exact"] * (1 + 1e-6)
-    assert held["randomised"] > 0.999 * held["exact"]
-    assert torch.equal(torch.get_rng_state(), before)
-    repeated = [
-        subspace(G, 8, "full", "randomised", torch.Generator().manual_seed(3)) for _ in "ab"
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*repeated, strict=True))
-    other = subspace(G, 8, "full", "randomised", torch.Generator().manual_seed(4))
-    assert not torch.equal(other.left, repeated[0].left)
+SPECTRA = {
+    "slow": lambda k: k**-0.5,
+    "fast": lambda k: 0.5**k,
+    "steps": lambda k: 1.0 + (k <= 3) + (k <= 6),
+    "few": lambda k: 1.0 * (k <= 3),
+}
+KRYLOV = (180, 130), (130, 180)  # else the space would be half of all
+SMALL = (60, 40), (40, 60)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_rounding_turns_no_direction_of_the_randomised_subspace(seed):
+def with_spectrum(shape, spectrum, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    left, right, noise = (torch.randn(64, 32, generator=generator) for _ in range(3))
-    # Of rank 8: the range finder's other 8 columns are rounding.
-    G = left[:, :8] * 0.7 ** torch.arange(8) @ right[:32, :8].T
+    least = min(shape)
+    U, V = (torch.linalg.qr(torch.randn(n, least, generator=generator)).Q for n in shape)
+    return U * SPECTRA[spectrum](torch.arange(1, least + 1)) @ V.T
+
+
+@pytest.mark.parametrize("side", ["std", "reverse_std"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", KRYLOV + SMALL)
+def test_the_randomised_subspace_holds_nearly_what_the_exact_one_does(shape, spectrum, side):
+    G = with_spectrum(shape, spectrum)
+    most = torch.linalg.svdvals(G.double())[:6].square().sum()
+    before = torch.get_rng_state()
+    P, again, tiny, other = (
+        subspace(scale * G, 6, side, "randomised", torch.Generator().manual_seed(seed))
+        for scale, seed in [(1, 3), (1, 3), (1e-25, 3), (1, 4)]
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    for found in (P, tiny):
+        basis = found.right if found.right is not None else found.left.T
+        torch.testing.assert_close(basis @ basis.T, torch.eye(6), atol=1e-5, rtol=0)
+        held = project(G, found).double().square().sum()
+        assert 0.999 * most < held < (1 + 1e-5) * most
+    side_of = 0 if P.right is None else 1
+    assert torch.equal(P[side_of], again[side_of])
+    assert (shape in KRYLOV) == (not torch.equal(P[side_of], other[side_of]))
+
+
+@pytest.mark.parametrize("shape", KRYLOV + SMALL)
+def test_both_sides_of_the_randomised_subspace_belong_together(shape):
+    """The gradient between them is diagonal and positive, largest first."""
+    P = subspace(with_spectrum(shape, "fast"), 6, "full", "randomised", torch.Generator())
+    R = project(with_spectrum(shape, "fast"), P)
+    torch.testing.assert_close(R, torch.diag(0.5 ** torch.arange(1, 7)), atol=1e-5, rtol=0)
+    longer = P.left.T if shape[0] > shape[1] else P.right
+    torch.testing.assert_close(longer @ longer.T, torch.eye(6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("used", [0, 1, 12, 30])
+@pytest.mark.parametrize("shape", KRYLOV + SMALL)
+def test_the_subspace_of_a_gradient_with_dead_rows_and_columns_is_one(shape, used, svd):
+    """Rounding is zero there too, so that it cannot tell other directions."""
+    G = torch.zeros(shape)
+    G[:used, :used] = torch.randn(used, used, generator=torch.Generator().manual_seed(0))
+    P = subspace(G, 9, "full", svd, torch.Generator())
+    for basis in (P.left.T, P.right):
+        torch.testing.assert_close(basis @ basis.T, torch.eye(9), atol=1e-5, rtol=0)
+    most = torch.linalg.svdvals(G.double())[:9].square().sum()
+    assert project(G, P).double().square().sum() >= (1 - 1e-5) * most
+
+
+@pytest.mark.parametrize("size", [32, 120])
+@pytest.mark.parametrize("seed", range(20))
+def test_rounding_turns_no_direction_of_the_randomised_subspace(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    left, right, noise = (torch.randn(200, size, generator=generator) for _ in range(3))
+    # Of rank 8: what else a random space holds is rounding.
+    G = left[:, :8] * 0.7 ** torch.arange(8) @ right[:size, :8].T
     found = [
         subspace(gradient, 8, "full", "randomised", torch.Generator().manual_seed(1))
         for gradient in (G, G * (1 + 1e-7 * noise))

@@ -197,7 +197,7 @@ class GaLoreEngine:
 
     def _subspace(self, one: Shadowed, gradient: Tensor) -> Projector | None:
         """Return the subspace of a gradient of all rows; None if it is not finite."""
-        if not gradient.isfinite().all():
+        if not torch.stack(gradient.aminmax()).isfinite().all():  # without temporaries of its size
             return None
         how = self.settings
         generator = torch.Generator().manual_seed(self._seed(one))

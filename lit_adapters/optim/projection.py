@@ -1,5 +1,6 @@
 """GaLore's subspaces as pure functions: taken from a gradient, projected on, and back."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 Side = Literal["std", "reverse_std", "left", "right", "full"]
 SVD = Literal["exact", "randomised"]
 
-POWER_ITERATIONS = 2  # of the randomised range finder
+BLOCKS = 7  # of the Krylov space
+LEAST_COLUMNS = 8  # of a block
+NOISE = 1e-5  # of what a block has, above its rounding
 
 
 class Projector(NamedTuple):
@@ -45,28 +48,35 @@ def subspace(
 ) -> Projector:
     """Return the leading singular directions of ``gradient``, in its dtype.
 
-    Computed in fp32. Signs are those that the decomposition returns: an optimizer's moments outlive
-    the subspace, so another choice of signs is another algorithm. The randomised one's hang on the
-    last bits of the gradient: there the largest entry of each right direction is positive.
+    Computed in fp32. Signs are those that torch's decomposition returns: an optimizer's moments
+    outlive the subspace, so another choice of signs is another algorithm. The randomised one's hang
+    on the last bits of the gradient: there the largest entry of each direction of the shorter side
+    is positive.
 
     Args:
         gradient: Finite; arXiv 2403.03507, algorithm 2.
         rank: Directions wanted; at most ``min(m, n)``.
         side: Which side is projected.
-        svd: The full decomposition, or a randomised range finder of ``2 rank`` columns (Halko et
-            al., arXiv 0909.4061, algorithm 4.4); that is the full one where it would save nothing.
+        svd: The full decomposition; or the best directions in a random block Krylov space (Musco and
+            Musco, arXiv 1504.05477, algorithm 2), which is the whole space where it would be half of
+            it.
         generator: Draws the test matrix, on the CPU, so that every device sees the same one.
     """
     matrix = gradient.float()  # half precision has no SVD
-    if svd == "exact" or 2 * rank >= min(matrix.shape):
-        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        U, Vh = _randomised(matrix, 2 * rank, generator)
     left, right = sides((matrix.shape[0], matrix.shape[1]), side)
+    if svd == "exact":
+        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        V = Vh.T
+    elif matrix.shape[0] >= matrix.shape[1]:
+        V = _leading(matrix, rank, generator)
+        U = _images(matrix, V) if left else V
+    else:
+        U = _leading(matrix.T, rank, generator)
+        V = _images(matrix.T, U) if right else U
     # Copies: a slice would keep the whole factor alive.
     return Projector(
         U[:, :rank].to(gradient.dtype, copy=True).contiguous() if left else None,
-        Vh[:rank].to(gradient.dtype, copy=True).contiguous() if right else None,
+        V[:, :rank].T.to(gradient.dtype, copy=True).contiguous() if right else None,
     )
 
 
@@ -109,14 +119,44 @@ def rotate(moment: Tensor, old: Projector, new: Projector) -> Tensor:
     return rotated
 
 
-def _randomised(
-    matrix: Tensor, columns: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:  # U (m, columns), Vh (columns, n)
-    test = torch.randn((matrix.shape[1], columns), generator=generator)
-    Q = torch.linalg.qr(matrix @ test.to(matrix.device)).Q
-    for _ in range(POWER_ITERATIONS):
-        Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ Q).Q).Q
-    U, _, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0)  # (columns, 1)
-    return Q @ U * signs.T, signs * Vh
+def _leading(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Return the leading right singular directions (n, rank) of ``matrix`` (m, n)."""
+    A = matrix / _largest(matrix)  # whose squares are not lost
+    columns = max(LEAST_COLUMNS, math.ceil(rank / 2))
+    Q = None
+    if 2 * BLOCKS * columns <= A.shape[1]:
+        Q, A = _krylov(A, columns, generator)
+    E = torch.linalg.eigh(A.T @ A).eigenvectors[:, -rank:].flip(1)  # of the largest, first
+    V = E if Q is None else Q @ E
+    largest = V.gather(0, V.abs().argmax(0, keepdim=True))  # (1, rank)
+    return V * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _krylov(A: Tensor, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis Q (n, k) of the Krylov space of ``A^T A``, and ``A Q`` (m, k)."""
+    image, *noise = (
+        torch.randn((rows, columns), generator=generator).to(A.device)
+        for rows in (A.shape[0], *BLOCKS * (A.shape[1],))
+    )
+    Q, images = A.new_empty(A.shape[1], 0), []
+    for beyond in noise:
+        block = A.T @ image
+        # Where nothing is left of it but rounding, which knows some directions only, go at random.
+        block += NOISE * _largest(block) * beyond
+        for _ in range(2):  # rounding undoes the first time where little is left
+            block = torch.linalg.qr(block - Q @ (Q.T @ block)).Q
+        Q, image = torch.cat([Q, block], 1), A @ block
+        images.append(image)
+    return Q, torch.cat(images, 1)
+
+
+def _largest(matrix: Tensor) -> Tensor:
+    """Return the largest absolute entry, or next to nothing if all are 0."""
+    low, high = matrix.aminmax()
+    return torch.maximum(-low, high).clamp(min=1e-30)
+
+
+def _images(A: Tensor, V: Tensor) -> Tensor:
+    """Return the left singular directions (m, r) to right ones (n, r): ``A V``, orthonormal."""
+    Q, R = torch.linalg.qr(A @ V)
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
