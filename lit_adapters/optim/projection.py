@@ -9,7 +9,8 @@ from torch import Tensor
 Side = Literal["std", "reverse_std", "left", "right", "full"]
 SVD = Literal["exact", "randomised"]
 
-BLOCKS = 7  # of the Krylov space
+BLOCKS = 7  # of the Krylov space, at most
+ENOUGH = 1 - 1e-4  # of the squared norm; more blocks would hold no more
 LEAST_COLUMNS = 8  # of a block
 NOISE = 1e-5  # of what a block has, above its rounding
 
@@ -57,10 +58,10 @@ def subspace(
         gradient: Finite; arXiv 2403.03507, algorithm 2.
         rank: Directions wanted; at most ``min(m, n)``.
         side: Which side is projected.
-        svd: The full decomposition; or the best directions in a random block Krylov space (Musco and
-            Musco, arXiv 1504.05477, algorithm 2), which is the whole space where it would be half of
-            it.
-        generator: Draws the test matrix, on the CPU, so that every device sees the same one.
+        svd: The full decomposition, or the best directions in a random block Krylov space (Musco
+            and Musco, arXiv 1504.05477, algorithm 2); these in the whole space where that would be
+            half of it.
+        generator: Draws on the CPU, so that every device sees the same space.
     """
     matrix = gradient.float()  # half precision has no SVD
     left, right = sides((matrix.shape[0], matrix.shape[1]), side)
@@ -119,35 +120,46 @@ def rotate(moment: Tensor, old: Projector, new: Projector) -> Tensor:
     return rotated
 
 
+def _columns(rank: int) -> int:
+    """Return how many columns a block has."""
+    return max(LEAST_COLUMNS, math.ceil(rank / 2))
+
+
 def _leading(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """Return the leading right singular directions (n, rank) of ``matrix`` (m, n)."""
     A = matrix / _largest(matrix)  # whose squares are not lost
-    columns = max(LEAST_COLUMNS, math.ceil(rank / 2))
     Q = None
-    if 2 * BLOCKS * columns <= A.shape[1]:
-        Q, A = _krylov(A, columns, generator)
+    if 2 * BLOCKS * _columns(rank) <= A.shape[1]:
+        Q, A = _krylov(A, rank, generator)
     E = torch.linalg.eigh(A.T @ A).eigenvectors[:, -rank:].flip(1)  # of the largest, first
     V = E if Q is None else Q @ E
     largest = V.gather(0, V.abs().argmax(0, keepdim=True))  # (1, rank)
     return V * torch.where(largest < 0, -1.0, 1.0)
 
 
-def _krylov(A: Tensor, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis Q (n, k) of the Krylov space of ``A^T A``, and ``A Q`` (m, k)."""
-    image, *noise = (
-        torch.randn((rows, columns), generator=generator).to(A.device)
-        for rows in (A.shape[0], *BLOCKS * (A.shape[1],))
-    )
-    Q, images = A.new_empty(A.shape[1], 0), []
-    for beyond in noise:
-        block = A.T @ image
+def _krylov(A: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis Q (n, k) of a Krylov space of ``A^T A``, and ``A Q`` (m, k)."""
+    columns = _columns(rank)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn((rows, columns), generator=generator).to(A.device)
+
+    Q, images, missing = A.new_empty(A.shape[1], 0), [draw(A.shape[0])], ENOUGH * _squares(A)
+    while Q.shape[1] < rank or (len(images) <= BLOCKS and missing > 0):
+        block = A.T @ images[-1]
         # Where nothing is left of it but rounding, which knows some directions only, go at random.
-        block += NOISE * _largest(block) * beyond
+        block += NOISE * _largest(block) * draw(A.shape[1])
         for _ in range(2):  # rounding undoes the first time where little is left
             block = torch.linalg.qr(block - Q @ (Q.T @ block)).Q
-        Q, image = torch.cat([Q, block], 1), A @ block
-        images.append(image)
-    return Q, torch.cat(images, 1)
+        Q = torch.cat([Q, block], 1)
+        images.append(A @ block)
+        missing -= _squares(images[-1])
+    return Q, torch.cat(images[1:], 1)
+
+
+def _squares(matrix: Tensor) -> float:
+    rows = matrix if matrix.is_contiguous() else matrix.T  # whose entries are one vector
+    return float(torch.dot(rows.reshape(-1), rows.reshape(-1)))
 
 
 def _largest(matrix: Tensor) -> Tensor:
