@@ -102,9 +102,11 @@ def test_starts_are_near_the_exact_ones(run):
 def test_both_galores_end_at_the_same_weights(run):
     pytest.importorskip("galore_torch")
     tables, found = run("galore", *TINY, "--tokens=16", "--rank=4")
-    assert found["weights_apart"] < 1e-3
+    assert max(found["weights_apart"].values()) < 1e-3
     rows = by_name(*tables.values())
     assert rows["ours again (A/A)"]["peak / peer"] == 1
+    freed = rows["forward and backward, gradients freed"]["peak, MB"]
+    assert freed < rows["forward and backward alone"]["peak, MB"]
     assert rows["ours"]["peak, MB"] < rows["galore-torch"]["peak, MB"]
     assert rows["ours"]["peak, MB"] < rows["AdamW, fused"]["peak, MB"]
 
