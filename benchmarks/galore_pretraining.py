@@ -191,7 +191,7 @@ def pretrain(
     schedule = warmup_then("cosine", optimizer, total=options.steps, warmup=0.1)
     engine = None
     if method.name == "GaLore":
-        how = Projection(rank, options.update_gap, options.scale)
+        how = Projection(rank, options.update_gap, options.scale, svd="exact")
         engine = GaLoreEngine(matrices(model), optimizer, how)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     model.train()

@@ -1,8 +1,9 @@
 """GaLore: full weights trained through low-rank gradients, around any optimizer.
 
 Each projected weight is replaced in the optimizer by a *shadow* of rank ``r`` that is zero between
-steps. Gradients are projected into ``shadow.grad`` as they arrive and freed; what the optimizer
-makes of the shadow in its step is projected back and added to the weight (arXiv 2403.03507).
+steps. Gradients are projected into ``shadow.grad`` as they arrive and freed, those of linear layers
+before they are whole; what the optimizer makes of the shadow in its step is projected back and
+added to the weight (arXiv 2403.03507).
 """
 
 import hashlib

@@ -31,7 +31,7 @@ CASES = {
     "recompute": {"callbacks": [galore()], "settings": {"gradient_checkpointing": "full"}},
     "rotate": {"callbacks": [galore(moments="rotate")]},
     "reset": {"callbacks": [galore(moments="reset")]},
-    "randomised": {"callbacks": [galore(svd="randomised")]},
+    "exact": {"callbacks": [galore(svd="exact")]},
     "coupled": {"callbacks": [galore(decay="coupled")]},
     "guard": {"callbacks": [galore(), "SpikeGuard('skip')"]},
     "tied": {"callbacks": [galore(targets=["embed_tokens", "up_proj"])], "model": "llama_tied"},
