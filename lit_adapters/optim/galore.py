@@ -6,27 +6,24 @@ before they are whole; what the optimizer makes of the shadow in its step is pro
 added to the weight (arXiv 2403.03507).
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_adapters.optim.choice import check_unstepped, choose_layers
 from lit_adapters.optim.decay import check_suited, decay_of
-from lit_adapters.optim.exchange import average_projected, share_subspace, whole_gradient
+from lit_adapters.optim.exchange import average_projected
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.projected_linear import divert, suits
-from lit_adapters.optim.projection import Projector, rotate, subspace
-from lit_adapters.optim.rows import as_rows_of, keep_own_gradient, own_rows
+from lit_adapters.optim.projection import Projector
+from lit_adapters.optim.refresh import choose_subspaces, take_back
+from lit_adapters.optim.rows import keep_own_gradient, own_rows
 from lit_adapters.optim.shadow import Shadowed
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # linear in the gradient, so they can be rotated
 
 
 class GaLoreEngine:
@@ -159,7 +156,7 @@ class GaLoreEngine:
         else:
             one.kept.add_(gradient)
         if self.ranks == 1 and not self.accumulating:
-            self._choose_subspaces([one])
+            choose_subspaces([one], self.optimizer, self.ranks, self.seed)
 
     @torch.no_grad()
     def finish_window(self) -> None:
@@ -177,62 +174,8 @@ class GaLoreEngine:
             if one.kept is not None and one.shadow.grad is not None
         ]
         for start in range(0, len(due), self.ranks):
-            self._choose_subspaces(due[start : start + self.ranks])
-
-    def _choose_subspaces(self, turn: Sequence[Shadowed]) -> None:
-        """Choose subspaces from gradients of a whole window, and project these.
-
-        Args:
-            turn: As many weights as there are ranks, or fewer; each rank computes one subspace.
-        """
-        rank = dist.get_rank() if self.ranks > 1 else 0
-        for place, one in enumerate(turn):  # all at first: they wait for each other
-            gradient = whole_gradient(one, self.ranks)
-            if place == rank:
-                mine = gradient
-        del gradient
-        found = self._subspace(turn[rank], mine) if rank < len(turn) else None
-        for place, one in enumerate(turn):
-            shared = found if self.ranks == 1 else share_subspace(one, found, place)
-            self._enter(one, shared)
-
-    def _subspace(self, one: Shadowed, gradient: Tensor) -> Projector | None:
-        """Return the subspace of a gradient of all rows; None if it is not finite."""
-        if not torch.stack(gradient.aminmax()).isfinite().all():  # without temporaries of its size
-            return None
-        how = self.settings
-        generator = torch.Generator().manual_seed(self._seed(one))
-        with torch.autocast(gradient.device.type, enabled=False):
-            return subspace(gradient.flatten(1), how.rank, how.side, how.svd, generator)
-
-    def _enter(self, one: Shadowed, new: Projector | None) -> None:
-        """Change to another subspace, if there is one, and project the gradient that is kept."""
-        gradient, one.kept, one.shadow.grad = one.kept, None, None
-        assert gradient is not None
-        if new is not None:
-            old = one.projector
-            changed = None if old is None else self._carry_over(one, old, new)
-            one.replaced = (old, one.age, changed)
-            one.projector, one.age = new, 0
-        if one.projector is not None:
-            one.add_gradient(one.projected(gradient))
-        else:  # whoever looks at gradients before the step is to see it
-            one.add_gradient(torch.full_like(own_rows(one.shadow), torch.nan))
-
-    def _carry_over(self, one: Shadowed, old: Projector, new: Projector) -> dict[str, Any] | None:
-        """Fit the optimizer's state to another subspace; return what it was if it is changed."""
-        state = self.optimizer.state.get(one.shadow)
-        if state is None or self.settings.moments == "keep":
-            return None
-        if self.settings.moments == "reset":
-            return self.optimizer.state.pop(one.shadow)
-        turned = {
-            key: as_rows_of(rotate(own_rows(state[key]), old, new).to(state[key].dtype), state[key])
-            for key in FIRST_MOMENTS
-            if isinstance(state.get(key), Tensor)
-        }
-        self.optimizer.state[one.shadow] = {**state, **turned}
-        return state
+            turn = due[start : start + self.ranks]
+            choose_subspaces(turn, self.optimizer, self.ranks, self.seed)
 
     def withdraw(self) -> None:
         """Forget the gradients of the present window and the subspaces chosen from them.
@@ -242,11 +185,7 @@ class GaLoreEngine:
         self._arrived = self.pending = False
         for one in self.projected.values():
             one.kept = one.shadow.grad = None
-            if one.replaced is not None:
-                one.projector, one.age, changed = one.replaced
-                if changed is not None:
-                    self.optimizer.state[one.shadow] = changed
-                one.replaced = None
+            take_back(one, self.optimizer)
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -299,7 +238,7 @@ class GaLoreEngine:
             return
         for one, group in self._stepped():
             decay = float(group.get("weight_decay") or 0) if self.decay == "decoupled" else 0.0
-            one.move_weight(1 - float(group["lr"]) * decay if decay else 1.0, self._seed(one))
+            one.move_weight(1 - float(group["lr"]) * decay if decay else 1.0, one.seed(self.seed))
             one.steps += 1
             one.age += 1
 
@@ -312,10 +251,6 @@ class GaLoreEngine:
         for one in self.projected.values():
             if one.shadow.grad is not None:
                 yield one, groups[id(one.shadow)]
-
-    def _seed(self, one: Shadowed) -> int:
-        digest = hashlib.sha256(f"{self.seed}:{one.name}:{one.steps}".encode()).digest()
-        return int.from_bytes(digest[:7], "big")
 
     # --- state -----------------------------------------------------------------------------------
 

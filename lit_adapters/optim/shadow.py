@@ -1,5 +1,6 @@
 """The stand-in of a projected weight in its optimizer, and the way back into the weight."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,11 @@ class Shadowed:
     def due(self) -> bool:
         """Whether the subspace is to be chosen anew."""
         return self.projector is None or self.age >= self.settings.update_gap
+
+    def seed(self, base: int) -> int:
+        """Return the seed of this weight's random numbers in the present step of a run."""
+        digest = hashlib.sha256(f"{base}:{self.name}:{self.steps}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
 
     def projected(self, full: Tensor) -> Tensor:
         """Return a tensor like this rank's weight, projected; autocast has no part in it."""
