@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lit_adapters.adapters import adapters_of
 from lit_adapters.attachment import apply_adapters, change_inputs, stand_in
 from lit_adapters.losses import LossKind, TokenLoss, chunked_loss, liger_loss, token_loss
+from lit_adapters.optim.projected_linear import ProjectedLinear
 
 # What configs call a factor of the logits (or its inverse), and the bound of a soft cap.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -144,7 +145,7 @@ def obstacle(model: nn.Module) -> str | None:
         module._compiled_call_impl is not None for module in (model, head)
     ):
         return "the output head is compiled with the model; compile the layers below it instead"
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, ProjectedLinear):
         return f"the output head is a {type(head).__name__}, not a plain linear layer"
     # A layer that is trained itself computes what its weight says.
     acting = [a for a in adapters_of(head) if a.active and not a.trained(head)]

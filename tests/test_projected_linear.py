@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import lit_adapters.callbacks  # noqa: F401 - says what a projected layer computes
+from lit_adapters.model_loss import obstacle
 from lit_adapters.optim import SHADOW, GaLoreEngine, Projection
-from lit_adapters.optim.projected_linear import divert, restore, suits
+from lit_adapters.optim.projected_linear import ProjectedLinear, divert, restore
 from lit_adapters.optim.projection import Projector, project, projected_shape, sides
+from lit_adapters.weights import foreign_forward
 
 every_side = pytest.mark.parametrize("side", ["left", "right", "full"])
 ROWS, COLUMNS, RANK = 20, 12, 3
@@ -31,8 +35,9 @@ def made(side, bias=True, dtype=torch.float64):
         basis(COLUMNS, RANK, dtype).T if right else None,
     )
     shadow = nn.Parameter(torch.zeros(projected_shape((ROWS, COLUMNS), RANK, side), dtype=dtype))
+    layer.register_parameter(SHADOW, shadow)
     present = [P]
-    divert(layer, shadow, lambda: present[-1])
+    divert(layer, RANK, lambda: present[-1])
     return layer, stock, shadow, present
 
 
@@ -137,22 +142,36 @@ def test_no_tensor_as_large_as_the_weight_is_made(side):
     assert peaks[0] < ROWS * COLUMNS <= peaks[1]
 
 
-def test_a_compiled_layer_gets_its_gradient_whole_and_the_engine_projects_it():
-    grads = []
-    for compiles in (False, True):
+class Blocks(nn.Sequential):
+    def __init__(self, count):
         torch.manual_seed(0)
-        layer = nn.Linear(COLUMNS, ROWS)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        engine = GaLoreEngine({"a": layer}, optimizer, Projection(RANK), seed=0)
-        model = torch.compile(layer, backend="aot_eager") if compiles else layer
-        for seed in (1, 2):
+        super().__init__(*(nn.Linear(COLUMNS, COLUMNS) for _ in range(count)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_layers_get_gradients_whole_and_the_engine_projects_them():
+    """One compilation serves all layers of a kind: of those whose input needs a gradient or not."""
+    compiled, grads = [], []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for compiles in (False, True):
+        model = Blocks(5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        engine = GaLoreEngine(dict(model.named_children()), optimizer, Projection(RANK), seed=0)
+        for layer in model if compiles else ():
+            layer.compile(backend=backend)
+        for seed in (1, 2, 3):
             optimizer.zero_grad()
             x = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(seed))
             model(x).square().sum().backward()
             optimizer.step()
-        assert engine.projected["a"].steps == 2
-        grads.append(engine.projected["a"].shadow.grad)
+        assert [one.steps for one in engine.projected.values()] == [3] * 5
+        grads.append([one.shadow.grad for one in engine.projected.values()])
     torch.testing.assert_close(*grads)
+    assert len(compiled) == 2
     torch._dynamo.reset()
 
 
@@ -163,26 +182,39 @@ def test_what_computes_something_else_or_would_not_gain_is_left_alone():
 
     changed = nn.Linear(8, 8)
     changed.forward = lambda x: x
-    assert suits(nn.Linear(8, 8), 4)
-    assert suits(nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8), 4)
-    assert not suits(nn.Linear(8, 8), 5)
-    assert not any(suits(layer, 2) for layer in (Scaled(8, 8), changed, nn.Embedding(8, 8)))
-    restore(changed)
-    assert "forward" in changed.__dict__
+    others = [Scaled(8, 8), changed, nn.Embedding(8, 8)]
+    for layer, rank in [*((other, 2) for other in others), (nn.Linear(8, 8), 5)]:
+        before, kind = dict(layer.__dict__), type(layer)
+        divert(layer, rank, lambda: None)
+        assert (type(layer), layer.__dict__) == (kind, before)
+        restore(layer)
+        assert (type(layer), layer.__dict__) == (kind, before)
+
+
+def test_a_projected_head_is_a_plain_one_to_the_loss_and_to_whoever_names_layers():
+    config = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GaLoreEngine({"lm_head": model.lm_head}, optimizer, Projection(2), seed=0)
+    assert type(model.lm_head) is ProjectedLinear
+    assert foreign_forward(model.lm_head) is None
+    assert obstacle(model) is None
 
 
 def test_the_engine_diverts_and_restores():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = Blocks(2)
     model[1].requires_grad_(False)
+    before = [dict(layer.__dict__) for layer in model]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = GaLoreEngine({"0": model[0]}, optimizer, Projection(2), seed=0)
     for _ in "ab":
         optimizer.zero_grad()
-        model(torch.randn(3, 8)).sum().backward()
+        model(torch.randn(3, COLUMNS)).sum().backward()
         assert model[0].get_parameter(SHADOW).grad is not None
         optimizer.step()
     with torch.no_grad():
-        assert not model(torch.randn(3, 8)).requires_grad
-    assert ["forward" in layer.__dict__ for layer in model] == [True, False]
+        assert not model(torch.randn(3, COLUMNS)).requires_grad
+    assert [type(layer) for layer in model] == [ProjectedLinear, nn.Linear]
     engine.remove()
-    assert not any("forward" in layer.__dict__ for layer in model)
+    assert [type(layer) for layer in model] == [nn.Linear] * 2
+    assert [layer.__dict__.keys() for layer in model] == [b.keys() for b in before]

@@ -22,8 +22,12 @@ from lit_adapters.adapters import FullFineTuning
 from lit_adapters.callbacks.adapted_children import adapted_children
 from lit_adapters.callbacks.files import is_of_a_search
 from lit_adapters.optim import GaLoreEngine, Projection, choose_layers
+from lit_adapters.optim.projected_linear import ProjectedLinear
 from lit_adapters.replicas import average_all, average_all_but
 from lit_adapters.targets import match_targets
+from lit_adapters.weights import matrix_shape
+
+matrix_shape.register(ProjectedLinear, matrix_shape.dispatch(nn.Linear))  # it computes the same
 
 
 class GaLore(Callback):

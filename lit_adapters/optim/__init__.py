@@ -7,8 +7,8 @@ from lit_adapters.optim.galore import GaLoreEngine
 from lit_adapters.optim.galore_settings import Projection
 from lit_adapters.optim.groups import fuse, hold_ratios, parameter_groups
 from lit_adapters.optim.options import options_of, set_options, set_rate, take_rate
+from lit_adapters.optim.projected_linear import SHADOW
 from lit_adapters.optim.schedule import warmup_then
-from lit_adapters.optim.shadow import SHADOW
 
 __all__ = [
     "SHADOW",

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_adapters.optim.galore_settings import Projection
+from lit_adapters.optim.projected_linear import SHADOW
 from lit_adapters.optim.projection import sides
 from lit_adapters.optim.rows import is_cut
-from lit_adapters.optim.shadow import SHADOW, matrix_shape
+from lit_adapters.optim.shadow import matrix_shape
 
 
 def choose_layers(

@@ -19,7 +19,7 @@ from lit_adapters.optim.choice import check_unstepped, choose_layers
 from lit_adapters.optim.decay import check_suited, decay_of
 from lit_adapters.optim.exchange import average_projected
 from lit_adapters.optim.galore_settings import Projection
-from lit_adapters.optim.projected_linear import divert, suits
+from lit_adapters.optim.projected_linear import divert
 from lit_adapters.optim.projection import Projector
 from lit_adapters.optim.refresh import choose_subspaces, take_back
 from lit_adapters.optim.rows import keep_own_gradient, own_rows
@@ -108,8 +108,8 @@ class GaLoreEngine:
             optimizer.register_step_post_hook(self._after_step),
         ]
         for one in self.projected.values():
-            if not one.is_cut and suits(one.layer, settings.rank):
-                divert(one.layer, one.shadow, partial(self._subspace_of, one))
+            if not one.is_cut:
+                divert(one.layer, settings.rank, partial(self._subspace_of, one))
 
     @property
     def attached(self) -> bool:

@@ -6,14 +6,15 @@ as the weight.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapters.optim.projection import Projector
+
+SHADOW = "galore"  # what the shadow of ``layer.weight`` is called in its layer
 
 Ask = Callable[[], Projector | None]
 
@@ -33,40 +34,45 @@ class Subspace:
         return Subspace, ()
 
 
-def suits(layer: nn.Module, rank: int) -> bool:
-    """Whether ``layer`` computes ``x W^T + b`` and nothing else, and is large enough to gain."""
-    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
-        return False
-    rows, columns = layer.get_parameter("weight").shape
-    return rank * (rows + columns) <= rows * columns
+class ProjectedLinear(nn.Linear):
+    """A linear layer with a shadow, which gets the gradient of the weight, projected."""
+
+    # A class, and not a forward of each layer's own, of which torch.compile would compile each.
+    subspace: Subspace
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ever, also compiled; there, and without a subspace, the weight gets its gradient."""
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if torch.compiler.is_compiling() or not trains or self.subspace() is None:
+            return super().forward(input)
+        # As a matrix: of more dimensions it would be a view, which could not be changed in place.
+        rows, shadow = input.reshape(-1, input.shape[-1]), self._parameters[SHADOW]
+        y: Tensor = _Linear.apply(rows, self.weight, self.bias, shadow, self.subspace)
+        return y.view(*input.shape[:-1], y.shape[-1])
 
 
-def divert(layer: nn.Module, shadow: nn.Parameter, ask: Ask) -> None:
-    """Send the gradient of the weight to ``shadow``, projected, while ``ask`` gives a subspace.
+def divert(layer: nn.Module, rank: int, ask: Ask) -> None:
+    """Send the gradient of the weight to the shadow, projected, while ``ask`` gives a subspace.
 
     Args:
-        layer: One that `suits`.
-        shadow: A parameter of the layer, of the projected shape.
+        layer: Any; left alone unless it is linear and large enough to gain.
+        rank: Of the shadow.
         ask: Called in the forward and in the backward pass; with None the weight gets its gradient.
     """
-    layer.forward = partial(_forward, layer, shadow, Subspace(ask))
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return
+    if rank * (layer.out_features + layer.in_features) > layer.weight.numel():
+        return
+    diverted = cast(ProjectedLinear, layer)
+    diverted.__class__ = ProjectedLinear
+    diverted.subspace = Subspace(ask)
 
 
 def restore(layer: nn.Module) -> None:
-    """Take back `divert`, if there was one."""
-    if getattr(layer.__dict__.get("forward"), "func", None) is _forward:
-        del layer.forward
-
-
-def _forward(layer: nn.Module, shadow: nn.Parameter, subspace: Subspace, x: Tensor) -> Tensor:
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    assert weight is not None
-    wanted = torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
-    if not wanted or subspace() is None:
-        return F.linear(x, weight, bias)
-    # As a matrix: of more dimensions the result would be a view, which could not change in place.
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, shadow, subspace)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    """Take back `divert`, if it did something."""
+    if type(layer) is ProjectedLinear:
+        del layer.subspace
+        cast(nn.Module, layer).__class__ = nn.Linear
 
 
 class _Linear(torch.autograd.Function):

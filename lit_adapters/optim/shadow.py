@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapters.optim.galore_settings import Projection
-from lit_adapters.optim.projected_linear import restore
+from lit_adapters.optim.projected_linear import SHADOW, restore
 from lit_adapters.optim.projection import Projector, add_back, project, projected_shape, sides
 from lit_adapters.optim.rounding import round_stochastically
 from lit_adapters.optim.rows import as_rows_of, is_cut, own_rows, place_of_rows
-
-SHADOW = "galore"  # what the shadow of ``layer.weight`` is called in its layer
 
 
 @dataclass
