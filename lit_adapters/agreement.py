@@ -141,7 +141,7 @@ def _checksum(tensor: Tensor) -> tuple[int, bytes]:
     """A sum that any changed bit changes, and some values in their places."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64)), sampled(bits).numpy().tobytes()
+    return int(bits.sum(dtype=torch.int64)), sampled(bits).cpu().numpy().tobytes()
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,9 @@
 """Recognise a base model again: a name to show, and a short digest of its weights."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import torch
@@ -45,15 +46,16 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
         return str(remembered)
     held = list(adapted_layers(model)) if adapted is None else adapted
     moving = {id(p) for _, layer, adapter in held for p in adapter.trained(layer)}
-    sizes = {id(p): a.grown_from for _, layer, a in held for p in layer.parameters(recurse=False)}
-    modules = list(model.modules())
-    adapters = {id(p) for m in modules if isinstance(m, Adapter) for p in m.parameters()}
+    grown = [(layer, a.grown_from) for _, layer, a in held if a.grown_from is not None]
+    sizes = {id(p): rows for layer, rows in grown for p in layer.parameters(recurse=False)}
+    modules = dict(model.named_modules())
+    adapters = {id(p) for m in modules.values() if isinstance(m, Adapter) for p in m.parameters()}
     owners = {
-        id(m._parameters["weight"]): m for m in modules
+        id(m._parameters["weight"]): m for m in modules.values()
         if "weight" in m._parameters and has_matrix(m) and not is_lookup(m)
     }  # fmt: skip
     whole, rest = Digests(), Digests()
-    for name, parameter in model.named_parameters():
+    for name, parameter in _own_parameters(modules):
         matrix = owners.get(id(parameter))
         if matrix is not None:
             rows, columns = matrix_shape(matrix)
@@ -61,39 +63,69 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
         passing = id(parameter) in adapters or name.rpartition(".")[2] == SHADOW
         if passing or not parameter.is_floating_point():
             continue
-        own = parameter.detach()[: sizes.get(id(parameter))]
+        own = parameter.detach()
+        if id(parameter) in sizes:
+            own = own[: sizes[id(parameter)]]
         sample = sampled(own, 0 if id(parameter) in moving else SAMPLES)
         whole.update(name, own.shape, sample)
         if matrix is None:
             rest.update(name, own.shape, sample)
     written = any(getattr(adapter, "has_taken", False) for *_, adapter in held)
-    if written or not all(map(is_plain, modules)):
+    if written or not all(map(is_plain, modules.values())):
         return "-".join((PACKED, PACKED, *rest.texts()))
     return "-".join((*whole.texts(), *rest.texts()))
+
+
+def _own_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what `named_parameters` does, each once, without another walk."""
+    seen: set[int] = set()
+    for prefix, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}.{name}" if prefix else name, parameter
 
 
 class Digests:
     """Of names, shapes and values, rounded to bf16 and to fp16."""
 
     def __init__(self) -> None:
-        self.by_dtype = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
+        self.heads: list[bytes] = []
+        self.samples: list[torch.Tensor] = []
 
     def update(self, name: str, shape: Sequence[int], sample: torch.Tensor | None = None) -> None:
         """Add one tensor; ``sample`` are some of its values."""
-        head = f"{name}{tuple(shape)}".encode()
-        for dtype, digest in self.by_dtype.items():
-            digest.update(head)
-            if sample is not None:
-                digest.update(sample.to(dtype).view(torch.int16).numpy().data)
+        self.heads.append(f"{name}{tuple(shape)}".encode())
+        self.samples.append(torch.empty(0) if sample is None else sample)
 
     def texts(self) -> list[str]:
         """Return both, in hexadecimal."""
-        return [digest.hexdigest()[:16] for digest in self.by_dtype.values()]
+        counts = [0, *(sample.numel() for sample in self.samples)]
+        ends = list(accumulate(counts))
+        values = gathered(self.samples)
+        found = []
+        for dtype in (torch.bfloat16, torch.float16):
+            bits = values.to(dtype).view(torch.int16).numpy()
+            parts = (bits[start:end].tobytes() for start, end in pairwise(ends))
+            said = chain.from_iterable(zip(self.heads, parts, strict=True))
+            found.append(hashlib.sha256(b"".join(said)).hexdigest()[:16])
+        return found
+
+
+def gathered(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the values of all ``samples`` on the CPU, unrounded: one copy from each device."""
+    if not samples:
+        return torch.empty(0)
+    # Types of 8 bits promote to none; the others, all to the widest.
+    wide = [s if s.dtype.itemsize > 1 else s.float() for s in samples]
+    if len({sample.device for sample in wide}) > 1:
+        wide = [sample.cpu() for sample in wide]
+    return torch.cat(wide).cpu()
 
 
 def sampled(tensor: torch.Tensor, count: int = SAMPLES) -> torch.Tensor:
-    """Return evenly spaced values of ``tensor``, on the CPU."""
-    return tensor.flatten()[spaced(tensor.numel(), count)].cpu()
+    """Return evenly spaced values of ``tensor``, on its device."""
+    return tensor.flatten()[spaced(tensor.numel(), count)]
 
 
 @lru_cache  # layers have few sizes
