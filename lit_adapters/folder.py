@@ -4,13 +4,14 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from lit_adapters.adapters.fields import shown
 
@@ -67,8 +68,9 @@ def _scratch(folder: Path) -> Iterator[Path]:
 def _move(part: Path, folder: Path) -> None:
     files = sorted(part.iterdir(), key=lambda file: file.name == WEIGHTS)  # weights last
     for file in files:
-        with file.open("r+b") as handle:
-            os.fsync(handle.fileno())
+        if file.name != CARD:  # which nothing reads
+            with file.open("r+b") as handle:
+                os.fsync(handle.fileno())
     weights = folder / WEIGHTS
     if any(_differs(part / name, folder / name) for name in (CONFIG, EXTRA)):
         weights.unlink(missing_ok=True)  # dying below must not leave old weights, new settings
@@ -142,11 +144,12 @@ def _check_notes(file: Path, notes: Mapping[str, Any]) -> None:
 
 
 def read_tensors(
-    folder: Path, expected: Mapping[str, Tensor], optional: Mapping[str, Tensor]
+    folder: Path, expected: Mapping[str, Tensor], optional: Callable[[], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Return exactly the tensors named in ``expected``, and those of ``optional`` that are there.
 
-    The header, both keys and shapes, is compared before any tensor is read.
+    The header, both keys and shapes, is compared before any tensor is read. ``optional`` is asked
+    only where the file holds more than is expected.
 
     Raises:
         ValueError: if a tensor is missing, unexpected, of another shape or not of a floating
@@ -154,21 +157,24 @@ def read_tensors(
     """
     file = file_inside(folder, WEIGHTS)
     try:
-        _check_header(file)
-        with safe_open(file, framework="pt") as reader:
-            found = set(reader.keys())
-            known = {**optional, **expected}
+        header = _read_header(file)
+        with safe_open(file, framework="pt") as reader:  # which checks it
+            found = header.keys() - {"__metadata__"}
+            more = {} if found <= expected.keys() else optional()
+            known = {**more, **expected}
             _check_keys(file, found - (known.keys() - expected.keys()), set(expected))
             for key in found:
-                entry = reader.get_slice(key)
-                _check_entry(file, key, entry.get_dtype(), entry.get_shape(), known[key])
+                _check_entry(file, key, header[key]["dtype"], header[key]["shape"], known[key])
             tensors = {key: reader.get_tensor(key) for key in found}
     except (SafetensorError, _HeaderError) as error:
         raise ValueError(
             f"{file} is not a readable safetensors file ({_clipped(str(error))}); it may be "
             "truncated. Save or download the adapter again"
         ) from error
-    for key in expected:
+    floating = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    # One number for all of them first: it is NaN or infinite wherever one of theirs is.
+    suspect = expected if not get_total_norm(floating).isfinite() else ()
+    for key in suspect:
         if not tensors[key].isfinite().all():
             raise ValueError(
                 f"{file}: {shown(key)} holds NaN or infinite values; its training diverged. "
@@ -181,7 +187,7 @@ class _HeaderError(ValueError):
     """The first bytes of a weights file promise what cannot be."""
 
 
-def _check_header(file: Path) -> None:
+def _read_header(file: Path) -> dict[str, Any]:
     """Refuse what safetensors would take memory for, or overlook, before it opens the file."""
     with file.open("rb") as handle:
         length, rest = int.from_bytes(handle.read(8), "little"), file.stat().st_size - 8
@@ -191,9 +197,12 @@ def _check_header(file: Path) -> None:
                 f"{MAX_HEADER_BYTES} allowed"
             )
         try:
-            _parse(handle.read(length))
+            header = _parse(handle.read(length))
         except ValueError as error:
             raise _HeaderError(f"its header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _HeaderError("its header is not a JSON object")
+    return header
 
 
 def _clipped(text: str) -> str:

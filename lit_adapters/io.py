@@ -1,6 +1,5 @@
 """Save and load adapters: PEFT's layout, safetensors only, strict, all or nothing."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,7 +8,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +31,7 @@ from lit_adapters.peft_config import spec_from_peft
 from lit_adapters.prompting import NOTE, from_note, prompting_of, set_prompting, to_note
 from lit_adapters.remainders import check_taken_from, rewrite, with_taken
 from lit_adapters.targets import shortest_targets
+from lit_adapters.tensor_file import sha256, write_tensors
 from lit_adapters.version import __version__
 from lit_adapters.weights import is_plain
 
@@ -70,8 +69,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     tensors = {key: tensor.to("cpu").contiguous() for key, tensor in packed.items()}
     folder = Path(path)
     with all_or_nothing(folder) as part:
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        extra[DIGEST] = _sha256(part / WEIGHTS)
+        extra[DIGEST] = write_tensors(part / WEIGHTS, tensors)
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / EXTRA).write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
         (part / CARD).write_text(adapter_card(config, extra), encoding="utf-8")
@@ -151,7 +149,7 @@ def load_adapter(
     """
     folder = Path(path)
     config, notes = read_json(folder, CONFIG), _notes(folder)
-    spec, prompting = folder_spec(folder), from_note(notes.get(NOTE), folder / EXTRA)
+    spec, prompting = _stated(folder, config), from_note(notes.get(NOTE), folder / EXTRA)
     with ExitStack() as stack:
         with _naming(folder / CONFIG):
             stated = {**config, **{key: notes.get(key) for key in spec.notes_read}}
@@ -195,7 +193,10 @@ def _check_rewritable(held: list[Adapted], folder: Path) -> None:
 
 def folder_spec(folder: Path) -> AdapterSpec:
     """Return the settings that the folder's ``adapter_config.json`` states; raises as above."""
-    config = read_json(folder, CONFIG)
+    return _stated(folder, read_json(folder, CONFIG))
+
+
+def _stated(folder: Path, config: Mapping[str, Any]) -> AdapterSpec:
     with _naming(folder / CONFIG):
         return spec_from_peft(config)
 
@@ -203,20 +204,12 @@ def folder_spec(folder: Path) -> AdapterSpec:
 def _check_digest(folder: Path, notes: Mapping[str, Any]) -> None:
     """Flipped bytes of a weight are a weight too: nothing else would notice them."""
     recorded = notes.get(DIGEST)
-    if recorded is not None and recorded != _sha256(folder / WEIGHTS):
+    if recorded is not None and recorded != sha256(folder / WEIGHTS):
         raise ValueError(
             f"{folder / WEIGHTS} is not the file that was saved: its SHA-256 is not the one in "
             f"{EXTRA}. Download it again; if you changed it on purpose, remove {DIGEST!r} from "
             f"{EXTRA}, or that file if another library wrote the weights"
         )
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read(
@@ -225,22 +218,31 @@ def _read(
     """Return the tensors of the file, all checked; PEFT's copies of frozen weights among them."""
     with _naming(folder / CONFIG):
         expected = spec.pack(model, adapted)
+    copies: dict[str, Tensor] = {}
+
+    def optional() -> dict[str, Tensor]:
+        copies.update(_frozen_copies(model, adapted))
+        never_read = [adapter.never_read(layer, name) for name, layer, adapter in adapted]
+        return {key: tensor for part in (*never_read, copies) for key, tensor in part.items()}
+
+    tensors = read_tensors(folder, expected, optional)
+    for key in (copies.keys() - expected.keys()) & tensors.keys():
+        _check_copy(folder / WEIGHTS, key, tensors[key], copies[key].detach())
+    return tensors
+
+
+def _frozen_copies(model: nn.Module, adapted: list[Adapted]) -> dict[str, Tensor]:
+    """What PEFT may write of the base, by key."""
     heads = _heads(model)
     copies = {
         f"{PREFIX}{name}.weight": module.get_parameter("weight")
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or id(module) in heads
     }
-    never_read: dict[str, Tensor] = {}
     for name, layer, adapter in adapted:
         frozen = adapter.frozen_copies(layer)
         copies |= {f"{PREFIX}{name}.{key}": weight for key, weight in frozen.items()}
-        never_read |= adapter.never_read(layer, name)
-    optional = {key: copy for key, copy in copies.items() if key not in expected}
-    tensors = read_tensors(folder, expected, {**never_read, **optional})
-    for key in optional.keys() & tensors.keys():
-        _check_copy(folder / WEIGHTS, key, tensors[key], optional[key].detach())
-    return tensors
+    return copies
 
 
 def _heads(model: nn.Module) -> set[int]:

@@ -33,6 +33,7 @@ FLOORS = {
     "initialisation.py": 4,
     "io.py": 4,
     "folder.py": 4,
+    "tensor_file.py": 4,
     "prompting.py": 4,
     "peft_config.py": 4,
     "fingerprint.py": 4,
