@@ -84,13 +84,17 @@ class DoRAAdapter(LoRAAdapter):
         if self.has_taken:
             self.weight_norms = None  # the base has been written
         with torch.no_grad():
-            self.magnitude.copy_(self.norms(layer, self.factors()))
+            if not self.lora_B.is_meta and self.unmoved():  # the product need not be measured
+                squares = self.squares(layer)
+                self.magnitude.copy_(_length(squares, squares))
+            else:
+                self.magnitude.copy_(self.norms(layer, self.factors()))
 
     def rewrite(self, layer: nn.Module, dense: Tensor) -> None:
         """Make the base of training again, and measure it."""
         super().rewrite(layer, dense)
         self.weight_norms = None
-        self.norms(layer, self.factors())
+        self.squares(layer)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -102,6 +106,13 @@ class DoRAAdapter(LoRAAdapter):
         super()._apply(fn, recurse)
         return self
 
+    def squares(self, layer: nn.Module) -> Tensor:
+        """Return ``||W||^2`` of every row (out,), fp32; measured once."""
+        if self.weight_norms is None:
+            lengths = [torch.linalg.vector_norm(block, dim=1) for block in weight_blocks(layer)]
+            self.weight_norms = torch.cat(lengths).square()
+        return self.weight_norms
+
     def norms(self, layer: nn.Module, factors: Factors) -> Tensor:
         """Return ``||W + scale * B A||`` of every row (out,), fp32, without that matrix.
 
@@ -109,16 +120,13 @@ class DoRAAdapter(LoRAAdapter):
         (out, r) and ``||B A||^2`` only ``A A^T`` (r, r).
         """
         A, B = (factor.detach() for factor in factors)
-        if self.weight_norms is None:
-            squares = torch.cat([block.square().sum(1) for block in weight_blocks(layer)])
-            self.weight_norms = squares
+        squares = self.squares(layer)
         device = "cpu" if B.is_meta else B.device.type  # autocast knows no meta device
         with torch.autocast(device, enabled=False):
             A, B = A.unflatten(0, (self.groups, -1)), B.unflatten(0, (self.groups, -1))
             cross = (B * self._weight_times(layer, A)).sum(-1).flatten()
             square = (B * (B @ (A @ A.mT))).sum(-1).flatten()
-            total = self.weight_norms + 2 * self.scale * cross + self.scale**2 * square
-            return total.maximum(self.weight_norms * SMALLEST**2).clamp(min=TINY).sqrt()
+            return _length(squares + 2 * self.scale * cross + self.scale**2 * square, squares)
 
     def _weight_times(self, layer: nn.Module, A: Tensor) -> Tensor:
         """Return ``W A^T`` (groups, out / groups, r); ``A`` is (groups, r, in)."""
@@ -178,4 +186,9 @@ class DoRAAdapter(LoRAAdapter):
         """Take over factors and magnitude."""
         super().load(layer, tensors)
         self.magnitude.copy_(tensors[MAGNITUDE].flatten())
-        self.norms(layer, self.factors())  # now, and not within a compiled graph
+        self.squares(layer)  # now, and not within a compiled graph
+
+
+def _length(square: Tensor, frozen: Tensor) -> Tensor:
+    """The root of ``square``, at least `SMALLEST` times that of the ``frozen`` one."""
+    return square.maximum(frozen * SMALLEST**2).clamp(min=TINY).sqrt()
