@@ -111,9 +111,8 @@ class LoRAAdapter(KeepsTaken):
             )
             for block, part in zip(weight.chunk(self.groups), gradients, strict=True)
         ]
-        self.set_factors(
-            Factors(*map(torch.cat, zip(*factors, strict=True))), initialiser.pins_origin
-        )
+        whole = factors[0] if self.groups == 1 else map(torch.cat, zip(*factors, strict=True))
+        self.set_factors(Factors(*whole), initialiser.pins_origin)
         self.start_name = repr(initialiser)
 
     @property
@@ -204,7 +203,12 @@ class LoRAAdapter(KeepsTaken):
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return the fp32 matrix (out, in) that equals frozen ``weight`` plus adapter."""
-        return weight if self.scale == 0 else weight + self.scale * self.product()
+        if self.scale == 0:
+            return weight
+        if self.groups > 1:
+            return weight + self.scale * self.product()
+        A, B = (factor.detach() for factor in self.factors())
+        return torch.addmm(weight, B, A, alpha=self.scale)  # without two more of its size
 
     def merge_into(self, layer: nn.Module) -> None:
         """Add the product to the weight: one fp32 sum, rounded once."""
@@ -241,7 +245,7 @@ class LoRAAdapter(KeepsTaken):
     @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over the factors and, where pinned, the origin."""
-        A, B = (tensors[key].to(self.lora_A) for key in _file_keys(layer))
+        A, B = (tensors[key] for key in _file_keys(layer))
         A, B = A.reshape(-1, self.lora_A.shape[1]), B.reshape(len(self.lora_B), -1)
         second = self._second_half()
         if second is not None:
