@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lit_adapters.adapters import METHOD, Adapted, Adapter, AdapterSpec, adapters_of
+from lit_adapters.adapters import (
+    METHOD,
+    Adapted,
+    Adapter,
+    AdapterSpec,
+    adapters_of,
+    own_modules,
+)
 from lit_adapters.initialisers import named_generator
 from lit_adapters.spread import plain_name
 from lit_adapters.targets import match_targets
@@ -95,7 +102,8 @@ def built(
         # Backwards: new rows change shapes that the others must fit.
         for part in (*reversed(beside), spec):
             meant = names if part is spec else match_targets(model, part)
-            layers = {name: model.get_submodule(name) for name in meant}
+            modules = own_modules(model)
+            layers = {name: modules[name] for name in meant}
             found.insert(0, part.build_all(layers, stated or {}))
             for _, layer, adapter in found[0]:
                 adapter.claim(layer, model)

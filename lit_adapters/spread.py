@@ -26,6 +26,8 @@ class Pieces(NamedTuple):
 
 def plain_name(name: str) -> str:
     """The name of a parameter or module as it was before FSDP1 wrapped anything."""
+    if WRAPPER not in name:
+        return name
     return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 

@@ -60,9 +60,11 @@ def shortest_targets(model: nn.Module, names: list[str]) -> str | list[str]:
     Last parts if they suffice, else whole names; an expression if another name ends in one.
     """
     modules, wanted = own_modules(model), set(names)
-    for entries in ({name.rpartition(".")[2] for name in names}, wanted):
-        if {name for name in modules if entries.intersection(_endings(name))} == wanted:
-            return sorted(entries)
+    last = {name.rpartition(".")[2] for name in names}
+    if {name for name in modules if name.rpartition(".")[2] in last} == wanted:
+        return sorted(last)
+    if {name for name in modules if not wanted.isdisjoint(_endings(name))} == wanted:
+        return sorted(wanted)
     return "|".join(map(re.escape, sorted(names)))
 
 
@@ -107,15 +109,15 @@ def _select(
                 f"{_nearest(wanted, modules, spec)}"
             )
         return names
-    endings = {name: set(_endings(name)) for name in modules}
-    known = set().union(*endings.values())
+    asked = set(wanted)
+    met = {name: asked.intersection(_endings(name)) for name in modules}
+    known = set().union(*met.values())
     for entry in wanted:
         if entry not in known:
             raise ValueError(
                 f"{field} entry {shown(entry)} matches no module. {_nearest(entry, modules, spec)}"
             )
-    asked = set(wanted)
-    return [name for name in modules if endings[name] & asked]
+    return [name for name, entries in met.items() if entries]
 
 
 def _why(layer: nn.Module) -> str:
