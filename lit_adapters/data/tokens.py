@@ -148,7 +148,8 @@ def leading_ids(tokenizer: Tokenizer) -> list[int]:
 
 def trained_tokens(labels: Sequence[int]) -> int:
     """Count the labels a causal model is trained on; nothing predicts the first token."""
-    return sum(label != IGNORED for label in labels[1:])
+    predicted = labels[1:]
+    return len(predicted) - predicted.count(IGNORED)
 
 
 def prompt_ids(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
