@@ -1,5 +1,6 @@
 """The command line as a user meets it: one small run, then every command on what it wrote."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_adapters import load_adapter
-from lit_adapters.__main__ import TRAINING, USING, main
+from lit_adapters.__main__ import TRAINING, USING, importing, main
 from lit_adapters.base_model import load_base, resolve_base
+from lit_adapters.cli import AdapterCLI
 from lit_adapters.data import alpaca_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +71,37 @@ def test_the_overview_lists_every_command_and_loads_nothing_heavy():
 def test_an_unknown_command_names_the_known_ones(capsys):
     with pytest.raises(SystemExit, match="fitt.*fit, validate"):
         main(["fitt"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["fit", "--help"], ["fit"]), (["--config=none.yaml", "fit"], list(TRAINING))],
+    ids=["command first", "option first"],
+)
+def test_only_the_parser_of_the_command_is_built(monkeypatch, words, expected):
+    built = []
+    real = AdapterCLI._prepare_subcommand_parser
+
+    def noted(self, kind, subcommand, **settings):
+        built.append(subcommand)
+        return real(self, kind, subcommand, **settings)
+
+    monkeypatch.setattr(AdapterCLI, "_prepare_subcommand_parser", noted)
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert built == expected
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_imports_leave_the_garbage_collector_as_it_was(was_on):
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with importing():
+            assert not gc.isenabled()
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_fit_writes_checkpoints_logs_samples_and_the_config(fitted):
