@@ -4,8 +4,10 @@
 
 A random Llama, all linear layers, one thread, shuffled turns; copies of the base are made outside
 the clock. Our folders carry a fingerprint of the base and a digest of the weights, and loading
-checks both; PEFT's carry neither. The folder that ours writes is loaded by PEFT, and PEFT's by us,
-and the logits are compared. "process" is the CPU's time, "wall" has the disk in it.
+checks both; ours are written beside their place, put on the disk (fsync) and moved; PEFT's have
+none of that. A weight moves between saves, as in training. The folder that ours writes is loaded
+by PEFT, and PEFT's by us, and the logits are compared. "process" is the CPU's time, "wall" has the
+disk in it.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import copy
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ import peft
 import torch
 from measuring import Times, against, race, seconds_of
 from reporting import Row, parser, publish
-from rivals import TARGETS, equalise, llama, shake, token_ids, trained, with_peft
+from rivals import TARGETS, equalise, llama, pairs, shake, token_ids, trained, with_peft
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -43,6 +46,10 @@ def peft_config(method: str, rank: int) -> Any:
     return peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=TARGETS, use_dora=method == "DoRA"
     )
+
+
+def save_peft(model: Any, folder: Path) -> None:
+    model.save_pretrained(str(folder))
 
 
 def size(folder: Path) -> int:
@@ -89,6 +96,17 @@ def resume_bytes(model: nn.Module, folder: Path) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
+def saving(save: Step, weight: Tensor) -> Step:
+    """Save after a step of training has changed ``weight``; without a change less is written."""
+
+    @torch.no_grad()
+    def step() -> None:
+        weight.view(-1)[0] += 1e-3
+        save()
+
+    return step
+
+
 class Work(NamedTuple):
     """What each side does, and the model of which it needs a fresh copy for that."""
 
@@ -125,12 +143,14 @@ def measure(method: str, options: argparse.Namespace, folder: Path) -> Measured:
     theirs: Any = with_peft(copy.deepcopy(bare), config)
     equalise(ours, theirs)
     mine, other = folder / "ours", folder / "peft"
+    one, another = pairs(ours, theirs)[0]
+    save_ours, save_theirs = partial(save_adapter, ours, mine), partial(save_peft, theirs, other)
     fresh: list[Any] = []
     works = {
         "attach": Work(
             lambda: attached(fresh.pop(), spec), lambda: with_peft(fresh.pop(), config), bare, bare
         ),
-        "save": Work(lambda: save_adapter(ours, mine), lambda: theirs.save_pretrained(str(other))),
+        "save": Work(saving(save_ours, one), saving(save_theirs, another)),
         "load": Work(
             lambda: loaded(fresh.pop(), mine),
             lambda: peft.PeftModel.from_pretrained(fresh.pop(), str(other)),
@@ -143,6 +163,9 @@ def measure(method: str, options: argparse.Namespace, folder: Path) -> Measured:
     }
     seconds = {name: work.raced(fresh, options.rounds) for name, work in works.items()}
     rows = [row_of(f"{method}: {name}", times) for name, times in seconds.items()]
+    equalise(ours, theirs)
+    save_ours()
+    save_theirs()
     ids = token_ids(options.vocabulary, 2, 16)
     off = apart(bare, mine, other, ids, logits(ours, ids))
     small, whole = resume_bytes(ours, folder)

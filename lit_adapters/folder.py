@@ -67,19 +67,22 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 def _move(part: Path, folder: Path) -> None:
     files = sorted(part.iterdir(), key=lambda file: file.name == WEIGHTS)  # weights last
-    for file in files:
+    new = [file for file in files if _differs(file, folder / file.name)]
+    for file in new:
         if file.name != CARD:  # which nothing reads
             with file.open("r+b") as handle:
                 os.fsync(handle.fileno())
-    weights = folder / WEIGHTS
-    if any(_differs(part / name, folder / name) for name in (CONFIG, EXTRA)):
-        weights.unlink(missing_ok=True)  # dying below must not leave old weights, new settings
-    for file in files:
+    if any(file.name in (CONFIG, EXTRA) for file in new):
+        # Dying below must not leave old weights with new settings.
+        (folder / WEIGHTS).unlink(missing_ok=True)
+    for file in new:
         file.replace(folder / file.name)
 
 
 def _differs(new: Path, old: Path) -> bool:
-    return new.exists() and (not old.exists() or new.read_bytes() != old.read_bytes())
+    """Whether ``new`` has to take the place of ``old``; weights always do."""
+    is_file = old.is_file() and not old.is_symlink()
+    return new.name == WEIGHTS or not is_file or new.read_bytes() != old.read_bytes()
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -683,6 +683,25 @@ def test_saving_over_a_link_does_not_write_through_it(folder, tmp_path):
     assert load_adapter(llama(), folder)
 
 
+def test_settings_that_are_the_same_are_not_written_again(folder):
+    before = {name: (folder / name).stat().st_ino for name in (CONFIG, EXTRA, WEIGHTS)}
+    model = trained(seed=7)
+    save_adapter(model, folder)
+    after = {name: (folder / name).stat().st_ino for name in before}
+    assert [name for name in before if before[name] == after[name]] == [CONFIG]
+    loaded = llama()
+    load_adapter(loaded, folder)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_link_to_the_same_settings_is_replaced_by_a_file(folder, tmp_path):
+    (folder / CONFIG).rename(tmp_path / CONFIG)
+    (folder / CONFIG).symlink_to(tmp_path / CONFIG)
+    save_adapter(trained(), folder)
+    assert not (folder / CONFIG).is_symlink()
+    assert load_adapter(llama(), folder)
+
+
 @pytest.mark.parametrize("family", BUILDERS)
 def test_every_family_saves_and_loads(family, tmp_path):
     model = trained(LoRA(rank=4), BUILDERS[family])

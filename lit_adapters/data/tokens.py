@@ -202,8 +202,11 @@ def _prompts(
     texts = iter(_ids(tokenizer, [e.prompt for e in examples if not e.trained]))
     prompts: list[list[Piece]] = []
     for example in examples:
-        prompt = replace(example, response="", end=None if example.end is None else "")
-        pieces = _continued(tokenizer, prompt) if example.trained else [(next(texts), False)]
+        if example.trained:
+            prompt = replace(example, response="", end=None if example.end is None else "")
+            pieces = _continued(tokenizer, prompt)
+        else:
+            pieces = [(next(texts), False)]
         # A prompt may spell BOS out: never two of them. A chat template writes its own, or none.
         head = pieces[0][0] if pieces else []
         if example.end is None and head[: len(before)] != before:
