@@ -36,8 +36,7 @@ class KeepsTaken(Adapter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_parameter("taken_A", None)
-        self.register_parameter("taken_B", None)
+        self._parameters.update(taken_A=None, taken_B=None)
 
     @property
     @abstractmethod
