@@ -1,5 +1,6 @@
 """Save and load adapters: PEFT's layout, safetensors only, strict, all or nothing."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +33,6 @@ from lit_adapters.peft_config import spec_from_peft
 from lit_adapters.prompting import NOTE, from_note, prompting_of, set_prompting, to_note
 from lit_adapters.remainders import check_taken_from, rewrite, with_taken
 from lit_adapters.targets import shortest_targets
-from lit_adapters.tensor_file import sha256, write_tensors
 from lit_adapters.version import __version__
 from lit_adapters.weights import is_plain
 
@@ -69,7 +70,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     tensors = {key: tensor.to("cpu").contiguous() for key, tensor in packed.items()}
     folder = Path(path)
     with all_or_nothing(folder) as part:
-        extra[DIGEST] = write_tensors(part / WEIGHTS, tensors)
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        extra[DIGEST] = _sha256(part / WEIGHTS)
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / EXTRA).write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
         (part / CARD).write_text(adapter_card(config, extra), encoding="utf-8")
@@ -204,7 +206,7 @@ def _stated(folder: Path, config: Mapping[str, Any]) -> AdapterSpec:
 def _check_digest(folder: Path, notes: Mapping[str, Any]) -> None:
     """Flipped bytes of a weight are a weight too: nothing else would notice them."""
     recorded = notes.get(DIGEST)
-    if recorded is not None and recorded != sha256(folder / WEIGHTS):
+    if recorded is not None and recorded != _sha256(folder / WEIGHTS):
         raise ValueError(
             f"{folder / WEIGHTS} is not the file that was saved: its SHA-256 is not the one in "
             f"{EXTRA}. Download it again; if you changed it on purpose, remove {DIGEST!r} from "
@@ -320,3 +322,11 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:  # torch refuses sizes with a RuntimeError
         raise ValueError(f"{file}: {error}") from error
+
+
+def _sha256(file: Path) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with file.open("rb", buffering=0) as handle:
+        while count := handle.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()

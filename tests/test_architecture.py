@@ -33,7 +33,6 @@ FLOORS = {
     "initialisation.py": 4,
     "io.py": 4,
     "folder.py": 4,
-    "tensor_file.py": 4,
     "prompting.py": 4,
     "peft_config.py": 4,
     "fingerprint.py": 4,
