@@ -19,10 +19,11 @@ class PiSSA:
     settings are ``alpha = rank`` and no dropout.
 
     Args:
-        niter: Power iterations of a randomised SVD with ``2 rank`` columns; null is the exact SVD.
+        niter: Iterations at most of a randomised SVD, which ends sooner where the error of
+            ``scale * B A`` is 1e-4 of its norm; null is the exact SVD.
     """
 
-    niter: int | None = 4
+    niter: int | None = 64
 
     reads_weight = True
     reads_gradient = False

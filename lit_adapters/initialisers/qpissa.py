@@ -43,7 +43,7 @@ class _Alternating(RewritesBase):
 
     Args:
         iterations: Rounds of decomposing and quantising.
-        niter: Power iterations of a randomised SVD with ``2 rank`` columns; null is the exact SVD.
+        niter: Iterations at most of a randomised SVD; null is the exact SVD.
     """
 
     iterations: int = 5
@@ -86,7 +86,7 @@ class QPiSSA(_Alternating):
 
     Args:
         iterations: Rounds; 5 in the paper.
-        niter: Power iterations of a randomised SVD with ``2 rank`` columns; null is the exact SVD.
+        niter: Iterations at most of a randomised SVD; null is the exact SVD.
     """
 
     def split(
@@ -109,7 +109,7 @@ class LoftQ(_Alternating):
 
     Args:
         iterations: Rounds; 5 in the paper. With 1 the base stays as it was.
-        niter: Power iterations of a randomised SVD with ``2 rank`` columns; null is the exact SVD.
+        niter: Iterations at most of a randomised SVD; null is the exact SVD.
     """
 
     def split(

@@ -1,7 +1,12 @@
-"""The leading singular triplets of a matrix, exactly or by a randomised range finder."""
+"""The leading singular triplets of a matrix, exactly or by filtered subspace iteration."""
+
+import math
 
 import torch
 from torch import Tensor
+
+RANGE = math.log(1e10)  # between what a filter multiplies most and least: QR in fp32 keeps both
+MORE_COLUMNS = 16  # at least: as fast as fewer, and they tell a small rank from a flat rest
 
 
 def leading_svd(
@@ -9,35 +14,97 @@ def leading_svd(
     rank: int,
     niter: int | None,
     generator: torch.Generator,
+    accuracy: float = 1e-4,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``U`` (m, rank), ``S`` (rank,) and ``Vh`` (rank, n), largest first.
 
-    If randomised, the largest entry of each row of ``Vh`` is positive.
+    The largest entry of each row of ``Vh`` is positive.
 
     Args:
         matrix: Any real matrix in fp32.
         rank: Triplets wanted; at most ``min(m, n)``.
-        niter: Power iterations of the randomised range finder with ``2 rank`` columns (Halko et
-            al., arXiv 0909.4061, algorithm 4.4); None is the full SVD, and so is a rank at which
+        niter: Iterations at most, each a product with the matrix and one with its transpose; it
+            ends sooner where that is accurate. None is the full SVD, and so is a rank at which
             nothing is saved.
         generator: Draws the test matrix, on the CPU, so that every device sees the same one.
+        accuracy: Error of ``U S Vh`` at which the iteration ends, relative to its norm.
     """
-    columns = 2 * rank  # with only `rank`, a flat spectrum loses a tenth of the subspace
-    if niter is None or columns >= min(matrix.shape):
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        return U[:, :rank], S[:rank], Vh[:rank]
-    shape = (matrix.shape[1], columns)
-    test = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    Q = _orthonormal(matrix @ test.to(matrix.device))
-    for _ in range(niter):
-        Q = _orthonormal(matrix @ _orthonormal(matrix.T @ Q))
-    U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    U, Vh = Q @ U[:, :rank], Vh[:rank]
+    columns = rank + max(rank // 2, MORE_COLUMNS)
+    if niter is None or 4 * columns > min(matrix.shape):
+        U, S, Vh = full_svd(matrix)
+    elif matrix.shape[0] < matrix.shape[1]:
+        V, S, Uh = _iterated(matrix.T, rank, columns, niter, generator, accuracy)
+        U, Vh = Uh.T, V.T
+    else:
+        U, S, Vh = _iterated(matrix, rank, columns, niter, generator, accuracy)
+    U, Vh = U[:, :rank], Vh[:rank]
     # Signs would hang on the last bits of the matrix, which are others on other devices.
     largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)  # (rank, 1)
     return U * signs.T, S[:rank], signs * Vh
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+def full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of ``matrix`` (m, n); LAPACK takes twice as long for a wide one."""
+    if matrix.shape[0] >= matrix.shape[1]:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return U, S, Vh
+    V, S, Uh = torch.linalg.svd(matrix.T, full_matrices=False)
+    return Uh.T, S, V.T
+
+
+def _iterated(
+    matrix: Tensor,
+    rank: int,
+    columns: int,
+    niter: int,
+    generator: torch.Generator,
+    accuracy: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``columns`` triplets of a tall matrix, of which the first ``rank`` are accurate.
+
+    A range finder (Halko et al., arXiv 0909.4061, algorithm 4.4), whose powers of ``W W^T`` are
+    Chebyshev polynomials instead, as in arXiv 1805.10121: they grow fastest above the values that
+    are not wanted, of which the least one found is taken for the largest.
+    """
+    shape = (matrix.shape[1], columns)
+    test = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    Q = torch.linalg.qr(matrix @ test.to(matrix.device)).Q
+    while True:
+        V, S, Zh = torch.linalg.svd(matrix.T @ Q, full_matrices=False)
+        U = Q @ Zh.T
+        if niter <= 0:
+            return U, S, V.T
+        image = matrix @ V  # U S, where they are singular vectors
+        error = _error(U[:, :rank], S, image[:, :rank])
+        if not error > accuracy:
+            return U, S, V.T
+        first, last, least = S[[0, rank - 1, -1]].tolist()
+        cut = max(least, 1e-7 * first) ** 2
+        wanted = math.log(2 * error / accuracy) / _growth(last, cut) + 1
+        degree = min(max(int(min(RANGE / _growth(first, cut), wanted)), 1), niter)
+        niter -= degree
+        older, newer = U, image.mul_(2 / cut * S).sub_(U)
+        for _ in range(degree - 1):  # T_{k+1} = 2 x T_k - T_{k-1} of x = 2 W W^T / cut - 1
+            next_ = torch.addmm(older, matrix, matrix.T @ newer, beta=-1, alpha=4 / cut)
+            older, newer = newer, next_.sub_(newer, alpha=2)
+        Q = torch.linalg.qr(newer).Q
+
+
+def _growth(value: float, cut: float) -> float:
+    """Return the logarithm of what each degree multiplies directions of this value by."""
+    return math.acosh(max(2 * value**2 / cut - 1, 1 + 1e-6))
+
+
+def _error(U: Tensor, S: Tensor, image: Tensor) -> float:
+    """Estimate the error of ``U S Vh``, relative to its norm, from ``image = W V``.
+
+    To first order a residual is the part of a direction that lies outside, times what its square
+    has above those there; that part enters ``U U^T W`` on two sides, at most twice over. What lies
+    outside is taken to be of the least value found, so with flat spectra the truth can be above.
+    """
+    squares = (S / S[0]).square()
+    kept = squares[: U.shape[1]]
+    residual = torch.linalg.vector_norm(image - U * S[: U.shape[1]], dim=0) / S[0]
+    outside = residual * kept / (kept - squares[-1]).clamp(min=torch.finfo(S.dtype).tiny)
+    return 2 * (outside.norm() / kept.sum().sqrt()).item()
