@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-RANGE = math.log(1e10)  # between what a filter multiplies most and least: QR in fp32 keeps both
+RANGE = math.log(1e12)  # between what a filter multiplies most and least: QR in fp32 keeps both
 MORE_COLUMNS = 16  # at least: as fast as fewer, and they tell a small rank from a flat rest
 
 
