@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from lit_adapters.gradients import Loss, Reduce, each_gradient, mean_loss
 from lit_adapters.initialisers import Initialiser, RewritesBase, named_generator
 from lit_adapters.remainders import digest_of, with_taken
 from lit_adapters.weights import is_plain, requantise
+
+Remember = Callable[[Adapted], None]
 
 
 def initialise(
@@ -57,8 +60,9 @@ def initialise(
     if not adapted:
         raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
 
-    def start(one: Adapted, gradient: Tensor | None = None) -> None:
+    def start(remember: Remember, one: Adapted, gradient: Tensor | None = None) -> None:
         generator = named_generator(one.name, seed)
+        remember(one)
         try:
             one.adapter.start(one.layer, initialiser, generator, gradient)
         except ValueError as error:
@@ -74,15 +78,16 @@ def initialise(
     if isinstance(initialiser, RewritesBase):
         _rewrite(model, initialiser, adapted, seed, progress, weights or DenseWeights(model))
         return [name for name, *_ in adapted]
-    with _all_or_none(adapted):
+    with _all_or_none() as remember:
         if not initialiser.reads_gradient:
             for one in adapted:
-                start(one)
+                start(remember, one)
         else:
             for one in adapted:
                 if type(one.adapter).start is Adapter.start:
-                    start(one)  # raises now, and not after the passes over the batches
-            each_gradient(model, adapted, batches or (), start, loss, gradient_bytes, reduce)
+                    start(remember, one)  # raises now, and not after the passes over the batches
+            consume = partial(start, remember)
+            each_gradient(model, adapted, batches or (), consume, loss, gradient_bytes, reduce)
     return [name for name, *_ in adapted]
 
 
@@ -109,11 +114,12 @@ def _rewrite(
 
     def split(one: Adapted) -> None:
         dense = in_fp32(weights[one.name], one.layer)
+        remember(one)
         done.append(one)
         one.adapter.start(one.layer, initialiser, named_generator(one.name, seed), dense=dense)
 
     try:
-        with _all_or_none(adapted):
+        with _all_or_none() as remember:
             for one in adapted:
                 split(one)  # a function of its own: the matrix is gone when it returns
                 if progress is not None:
@@ -129,16 +135,22 @@ def _rewrite(
 
 
 @contextmanager
-def _all_or_none(adapted: Sequence[Adapted]) -> Iterator[None]:
-    """Give every adapter back what it had if one of them fails."""
-    before = [
-        {name: value.clone() for name, value in one.adapter.state_dict().items()} for one in adapted
-    ]
-    names = [one.adapter.start_name for one in adapted]
+def _all_or_none() -> Iterator[Remember]:
+    """Give every adapter back what it had if one of them fails.
+
+    Yields what to call with each before it is changed: copies of all from the beginning would be
+    there at the peak of the backward pass.
+    """
+    before: list[tuple[Adapter, dict[str, Tensor], str | None]] = []
+
+    def remember(one: Adapted) -> None:
+        state = {name: value.clone() for name, value in one.adapter.state_dict().items()}
+        before.append((one.adapter, state, one.adapter.start_name))
+
     try:
-        yield
+        yield remember
     except BaseException:
-        for one, state, name in zip(adapted, before, names, strict=True):
-            one.adapter.load_state_dict(state)
-            one.adapter.start_name = name
+        for adapter, state, name in reversed(before):  # one may be there twice
+            adapter.load_state_dict(state)
+            adapter.start_name = name
         raise
