@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_adapters.initialisers.base import Factors
 from lit_adapters.initialisers.pissa import balanced
-from lit_adapters.initialisers.svd import full_svd
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,5 @@ class MiLoRA:
 
     def __call__(self, weight: Tensor, rank: int, scale: float, **unread: Any) -> Factors:
         """Return the factors for ``weight``."""
-        U, S, Vh = full_svd(weight)
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return balanced(U[:, -rank:], S[-rank:], Vh[-rank:], scale)

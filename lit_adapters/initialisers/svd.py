@@ -18,7 +18,7 @@ def leading_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``U`` (m, rank), ``S`` (rank,) and ``Vh`` (rank, n), largest first.
 
-    The largest entry of each row of ``Vh`` is positive.
+    If iterated, the largest entry of each row of ``Vh`` is positive.
 
     Args:
         matrix: Any real matrix in fp32.
@@ -31,26 +31,16 @@ def leading_svd(
     """
     columns = rank + max(rank // 2, MORE_COLUMNS)
     if niter is None or 4 * columns > min(matrix.shape):
-        U, S, Vh = full_svd(matrix)
-    elif matrix.shape[0] < matrix.shape[1]:
-        V, S, Uh = _iterated(matrix.T, rank, columns, niter, generator, accuracy)
-        U, Vh = Uh.T, V.T
-    else:
-        U, S, Vh = _iterated(matrix, rank, columns, niter, generator, accuracy)
-    U, Vh = U[:, :rank], Vh[:rank]
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return U[:, :rank], S[:rank], Vh[:rank]
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if wide else matrix  # fewer rows to decompose
+    U, S, Vh = _iterated(tall, rank, columns, niter, generator, accuracy)
+    U, Vh = (Vh[:rank].T, U[:, :rank].T) if wide else (U[:, :rank], Vh[:rank])
     # Signs would hang on the last bits of the matrix, which are others on other devices.
     largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)  # (rank, 1)
     return U * signs.T, S[:rank], signs * Vh
-
-
-def full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of ``matrix`` (m, n); LAPACK takes twice as long for a wide one."""
-    if matrix.shape[0] >= matrix.shape[1]:
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        return U, S, Vh
-    V, S, Uh = torch.linalg.svd(matrix.T, full_matrices=False)
-    return Uh.T, S, V.T
 
 
 def _iterated(
