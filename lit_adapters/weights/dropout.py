@@ -1,4 +1,4 @@
-"""Dropout whose mask costs a fifth of torch's to draw, and a quarter of a float to keep."""
+"""Dropout whose mask costs a quarter of torch's to draw, and a quarter of a float to keep."""
 
 import torch
 from torch import Tensor
