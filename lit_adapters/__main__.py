@@ -99,14 +99,16 @@ def main(arguments: list[str] | None = None) -> None:
 def importing() -> Iterator[None]:
     """Import without looking for garbage: that is a fifth of the time until the first step.
 
-    What was imported is not looked at later either; it stays as long as the process.
+    What was imported is not looked at later either; it stays as long as the process. Not so where
+    torch was there before: garbage of earlier runs would stay as well.
     """
-    was_on = gc.isenabled()
+    was_on, is_first = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if is_first:
+            gc.freeze()
         if was_on:
             gc.enable()
 

@@ -19,17 +19,19 @@ def finding_shared_inputs(model: nn.Module) -> Iterator[None]:
     From then on their adapters share products with it. For a model that is not sharded: the
     factors of all members are read when the first is called.
     """
-    readers: list[tuple[Tensor, list[LoRAAdapter]]] = []  # of each input, as they were called
+    groups: list[list[LoRAAdapter]] = []  # that were called with one tensor
+    last: list[Tensor] = []  # not all of them, which would keep every activation
 
     def watch(adapter: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(adapter, LoRAAdapter)
         layer, inputs, *_ = args
         if not inputs or not multiplies_rows(layer):
             return
-        if readers and readers[-1][0] is inputs[0]:
-            readers[-1][1].append(adapter)
+        if last and last[0] is inputs[0]:
+            groups[-1].append(adapter)
         else:
-            readers.append((inputs[0], [adapter]))
+            last[:] = [inputs[0]]
+            groups.append([adapter])
 
     adapters = [one for *_, one in adapted_layers(model) if isinstance(one, LoRAAdapter)]
     handles = [adapter.register_forward_pre_hook(watch) for adapter in adapters]
@@ -40,7 +42,7 @@ def finding_shared_inputs(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-    for _, members in readers:
+    for members in groups:
         if len(members) > 1 and len(set(members)) == len(members):
             shared = SharedInput(members)
             for member in members:

@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,18 @@ def test_imports_leave_the_garbage_collector_as_it_was(was_on):
         assert gc.isenabled() == was_on
     finally:
         gc.enable()
-        gc.unfreeze()
+
+
+def test_garbage_of_an_earlier_run_is_still_found():
+    class Node: ...
+
+    node = Node()
+    node.itself, gone = node, weakref.ref(node)
+    del node
+    with importing():
+        pass
+    gc.collect()
+    assert gone() is None
 
 
 def test_fit_writes_checkpoints_logs_samples_and_the_config(fitted):

@@ -754,7 +754,6 @@ def _same_gradients(found, expected, tolerance=1e-5):
 
 @every_layer
 @pytest.mark.parametrize("method", ["lora-kaiming", "lora-dropout", "lora-pissa", "dora-kaiming"])
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_layer_compiles_without_graph_breaks(kind, method):
     torch.compiler.reset()
     model, x = adapted_layer(kind, method), inputs(kind)

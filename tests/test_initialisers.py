@@ -565,3 +565,13 @@ def test_factors_residual_gradients_and_output_agree_with_peft(family, paper, rs
             (adapter.lora_B.grad, B.grad * signs),
         ]:
             assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-21, 1.0, 1e19])
+def test_the_size_of_a_matrix_does_not_matter_to_its_directions(size):
+    torch.manual_seed(0)
+    matrix = torch.randn(256, 8) @ torch.randn(8, 256) + 0.01 * torch.randn(256, 256)
+    U, S, Vh = leading_svd(matrix * size, 8, 16, torch.Generator().manual_seed(0))
+    expected = torch.linalg.svdvals(matrix.double())[:8]
+    torch.testing.assert_close(S.double() / size, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close((U * (S / size)) @ Vh, matrix, rtol=0, atol=0.06)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from weakref import ref
 
 import pytest
 import torch
@@ -185,3 +186,37 @@ def test_recomputed_layers_share_too(monkeypatch):
     assert len(widths) == 4 * model.config.num_hidden_layers  # forward, and again
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_inputs_of_the_pass_that_watches_are_not_kept():
+    model = adapted(METHODS["lora"])
+    alive = []
+    last = model.model.layers[-1].mlp.down_proj
+    first = model.model.layers[0].self_attn.q_proj
+    first.register_forward_pre_hook(lambda layer, args: alive.append(ref(args[0])))
+    last.register_forward_hook(lambda *_: alive.append(alive[0]() is None))
+    share(model)
+    assert alive[1]
+
+
+def test_autocast_that_ends_between_two_members_is_noticed():
+    model = share(adapted(METHODS["lora"]))
+    x = input_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        called(model, "q_proj", x)
+    adapter = model.get_submodule("model.layers.0.self_attn.k_proj").adapter
+    assert adapter.shared_input.product(adapter, x) is None
+
+
+def test_gradients_by_torch_func_are_those_of_autograd():
+    model = share(adapted(METHODS["lora"]))
+    expected = gradients(model)
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        inputs = (batch()["input_ids"],)
+        more = {"labels": batch()["labels"], "use_cache": False}
+        return torch.func.functional_call(model, values, inputs, more).loss
+
+    for name, value in torch.func.grad(loss)(trained).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)

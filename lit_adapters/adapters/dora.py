@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lit_adapters.adapters.base import Adapted, AdapterSpec, bias_of
 from lit_adapters.adapters.lora import LoRA
 from lit_adapters.adapters.low_rank import LoRAAdapter
-from lit_adapters.adapters.magnitude import scaled
 from lit_adapters.initialisers import Factors, Initialiser
 from lit_adapters.weights import add_low_rank, per_output, weight_blocks
 from lit_adapters.weights.dropout import dropout
@@ -148,10 +147,11 @@ class DoRAAdapter(LoRAAdapter):
         ratio = per_output(layer, self.magnitude / self.norms(layer, factors))
         if self.drops(x):
             return self._with_dropout(layer, x, output, ratio)
-        product = self.add_branch(layer, output.to(ratio.dtype), x, factors)
+        adapted = self.add_branch(layer, output.to(ratio.dtype), x, factors) * ratio
         bias = bias_of(layer)
-        bias = None if bias is None else per_output(layer, bias)
-        return scaled(product, ratio, bias, output.dtype)
+        if bias is not None:
+            adapted = adapted + (1 - ratio) * per_output(layer, bias)
+        return adapted.to(output.dtype)
 
     def _with_dropout(self, layer: nn.Module, x: Tensor, output: Tensor, ratio: Tensor) -> Tensor:
         dropped = dropout(x, self.dropout)

@@ -34,7 +34,8 @@ class SharedInput:
     """Computes for all of its members when the first is called; the others take what is theirs.
 
     Members that turn out to be called with another tensor, or later than their factor has changed,
-    get nothing and compute for themselves: sharing saves time and never changes what is computed.
+    get nothing and compute for themselves: sharing saves time and does not change what is computed.
+    A member that is left out of a pass gets a gradient of zeros, though, where it would get none.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -57,19 +58,22 @@ class SharedInput:
     def _compute(self, x: Tensor) -> None:
         members = [m for m in self.members if m.active and not m.pinned and not m.drops(x)]
         factors = [member.lora_A for member in members]
-        self._ready, self._source = {}, (ref(x), _version(x), torch.is_grad_enabled())
+        self._ready, self._source = {}, (ref(x), *_state(x))
         if len(members) > 1:
             for member, product in zip(members, thin_products(x, factors), strict=True):
                 self._ready[member] = Ready(product, member.lora_A, member.lora_A._version)
 
     def _is_source(self, x: Tensor) -> bool:
         source, *state = self._source
-        return source() is x and state == [_version(x), torch.is_grad_enabled()]
+        return source() is x and tuple(state) == _state(x)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the members, not what is on its way between them."""
         return {"members": self.members, "_ready": {}, "_source": ()}
 
 
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What a product depends on beside the factor: whether ``x`` was written to, and the mode."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return None if x.is_inference() else x._version, torch.is_grad_enabled(), autocast

@@ -33,14 +33,17 @@ def leading_svd(
     if niter is None or 4 * columns > min(matrix.shape):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, :rank], S[:rank], Vh[:rank]
+    size = max(torch.stack(matrix.aminmax()).abs().tolist())
+    size = 1.0 if size == 0 or 1e-9 < size < 1e9 else size  # else fourth powers would be lost
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix  # fewer rows to decompose
+    tall = tall if size == 1 else tall / size
     U, S, Vh = _iterated(tall, rank, columns, niter, generator, accuracy)
     U, Vh = (Vh[:rank].T, U[:, :rank].T) if wide else (U[:, :rank], Vh[:rank])
     # Signs would hang on the last bits of the matrix, which are others on other devices.
     largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)  # (rank, 1)
-    return U * signs.T, S[:rank], signs * Vh
+    return U * signs.T, S[:rank] * size, signs * Vh
 
 
 def _iterated(

@@ -142,7 +142,7 @@ def _krylov(A: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, T
     columns = _columns(rank)
 
     def draw(rows: int) -> Tensor:
-        return torch.randn((rows, columns), generator=generator).to(A.device)
+        return torch.randn((rows, columns), generator=generator, device="cpu").to(A.device)
 
     Q, images, missing = A.new_empty(A.shape[1], 0), [draw(A.shape[0])], ENOUGH * _squares(A)
     while Q.shape[1] < rank or (len(images) <= BLOCKS and missing > 0):

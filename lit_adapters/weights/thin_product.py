@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 from torch.nn import functional as F
 
 from lit_adapters.weights.dropout import growth, keep_mask, kept
@@ -25,28 +25,32 @@ def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if not dropout and (x.dtype == A.dtype or not torch.is_grad_enabled()):
         return F.linear(x.to(A.dtype), A)
-    product: Tensor = _ThinProduct.apply(x, dropout, A)
+    keep = keep_mask(x, dropout) if dropout else None
+    product: Tensor = _ThinProduct.apply(x, keep, growth(dropout), A)
     return product
 
 
 def thin_products(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return `thin_product` with each of several factors, computed as one product."""
-    products: Tensor = _ThinProduct.apply(x, 0.0, *factors)
+    products: Tensor = _ThinProduct.apply(x, None, 1.0, *factors)
     return products.split([len(A) for A in factors], -1)
 
 
 class _ThinProduct(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float, *factors: Tensor) -> Tensor:
-        A = _stacked(factors)
-        keep = keep_mask(x, dropout) if dropout else None
-        ctx.save_for_backward(x, keep, *factors)
-        ctx.growth = growth(dropout)
-        product = F.linear(kept(x, keep).to(A.dtype), A)  # autocast may have a dtype of its own
-        return product if keep is None else product.mul_(ctx.growth)  # the thinnest place for it
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(x: Tensor, keep: Tensor | None, growth: float, *factors: Tensor) -> Tensor:
+        A = _stacked(factors)
+        product = F.linear(kept(x, keep).to(A.dtype), A)  # autocast may have a dtype of its own
+        return product if keep is None else product * growth  # the thinnest place for it
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, keep, ctx.growth, *factors = inputs
+        ctx.save_for_backward(x, keep, *factors)
+
+    @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, keep, *factors = ctx.saved_tensors
         A = _stacked(factors)
@@ -55,12 +59,12 @@ class _ThinProduct(Function):
             slope = slope * ctx.growth
         if ctx.needs_input_grad[0]:
             to_x = slope @ A.to(slope.dtype)
-            to_x = (to_x if keep is None else to_x.mul_(keep)).to(x.dtype)
-        if any(ctx.needs_input_grad[2:]):
+            to_x = kept(to_x, keep).to(x.dtype)
+        if any(ctx.needs_input_grad[3:]):
             rows = kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
             to_A = (slope.reshape(-1, len(A)).T @ rows).to(A.dtype)
             to_factors = list(to_A.split([len(factor) for factor in factors]))
-        return to_x, None, *to_factors
+        return to_x, None, None, *to_factors
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:

@@ -259,9 +259,9 @@ def within(found, allowed):
     return all(one <= most for one, most in zip(found, allowed, strict=True))
 
 
-def assert_equal_runs(found, expected):
+def assert_equal_runs(found, expected, tolerance=1e-5):
     apart = deviations(found, expected)
-    assert within(apart, (1e-5, 1e-5)), apart
+    assert within(apart, (tolerance, tolerance)), apart
 
 
 @pytest.mark.parametrize("strategy", SPREAD)
