@@ -35,8 +35,7 @@ def finding_shared_inputs(model: nn.Module) -> Iterator[None]:
 
     adapters = [one for *_, one in adapted_layers(model) if isinstance(one, LoRAAdapter)]
     handles = [adapter.register_forward_pre_hook(watch) for adapter in adapters]
-    for adapter in adapters:
-        adapter.shared_input = None
+    compute_apart(model)
     try:
         yield
     finally:
@@ -47,3 +46,10 @@ def finding_shared_inputs(model: nn.Module) -> Iterator[None]:
             shared = SharedInput(members)
             for member in members:
                 member.shared_input = shared
+
+
+def compute_apart(model: nn.Module) -> None:
+    """Let every adapter compute its own products again; shards must."""
+    for *_, adapter in adapted_layers(model):
+        if isinstance(adapter, LoRAAdapter):
+            adapter.shared_input = None

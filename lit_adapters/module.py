@@ -36,7 +36,7 @@ from lit_adapters.guards import (
     check_tokens,
     warn_if_rounded,
 )
-from lit_adapters.input_sharing import finding_shared_inputs
+from lit_adapters.input_sharing import compute_apart, finding_shared_inputs
 from lit_adapters.loading_once import build_once, machine_of, obstacle_of
 from lit_adapters.losses import LossKind
 from lit_adapters.optim import (
@@ -230,6 +230,7 @@ class AdapterFineTuneModule(CausalLMModule):
             compare(partial(structure_of, self.model))
         if self.compile_backend:
             compile_layers(self.model, self.compile_backend, strategy)
+        compute_apart(self.model)  # one passed in may have been trained whole
         self.model = shard(self.model, strategy, machine)
         self._built = True
 

@@ -7,7 +7,7 @@ from weakref import ref
 import pytest
 import torch
 
-from lit_adapters import DoRA, LoRA, PiSSA, attach, initialise
+from lit_adapters import AdapterFineTuneModule, DoRA, LoRA, PiSSA, attach, initialise
 from lit_adapters.attachment import adapted_layers, bypassed
 from lit_adapters.input_sharing import finding_shared_inputs
 from tests.models import batch, llama, shake
@@ -197,6 +197,13 @@ def test_inputs_of_the_pass_that_watches_are_not_kept():
     last.register_forward_hook(lambda *_: alive.append(alive[0]() is None))
     share(model)
     assert alive[1]
+
+
+def test_a_trained_model_that_is_passed_on_computes_apart_until_it_is_watched_again():
+    model = share(adapted(METHODS["lora"]))
+    assert sharing(model)
+    AdapterFineTuneModule(model, METHODS["lora"]).configure_model()
+    assert not sharing(model)
 
 
 def test_autocast_that_ends_between_two_members_is_noticed():
