@@ -7,7 +7,6 @@ class with the functions below; nothing else in the library changes.
 from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
 from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
-from lit_adapters.weights.dense import add_scaled
 from lit_adapters.weights.quantised import hush, rounded
 from lit_adapters.weights.storage import (
     add_low_rank,
@@ -34,6 +33,7 @@ from lit_adapters.weights.storage import (
     write_weight,
 )
 from lit_adapters.weights.thin_product import thin_products
+from lit_adapters.weights.thin_sum import add_scaled
 
 __all__ = [
     "add_low_rank",

@@ -1,6 +1,5 @@
 """Layers that hold an ordinary floating-point matrix: Linear, Hugging Face Conv1D, Embedding."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +12,7 @@ from lit_adapters.weights.storage import (
     multiplies_rows,
 )
 from lit_adapters.weights.thin_product import thin_product
+from lit_adapters.weights.thin_sum import add_scaled
 
 
 @matrix_shape.register(nn.Linear)
@@ -49,7 +49,7 @@ def _(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    return add_scaled(output, thin_product(x, A, dropout), B, scale)
+    return add_scaled(layer, output, thin_product(x, A, dropout), B, scale)
 
 
 @add_low_rank.register(nn.Embedding)
@@ -58,7 +58,7 @@ def _(layer: nn.Embedding, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scal
     # It is read as a buffer or number at call time: a cast of the model casts it as well.
     factor = getattr(layer, "embed_scale", 1.0)
     hidden = F.embedding(x, A.T, padding_idx=layer.padding_idx)
-    return add_scaled(output, hidden * factor, B, scale)
+    return add_scaled(layer, output, hidden * factor, B, scale)
 
 
 @is_lookup.register(nn.Embedding)
@@ -70,13 +70,3 @@ def _(layer: nn.Embedding) -> bool:
 @multiplies_rows.register(Conv1D)
 def _(layer: nn.Linear | Conv1D) -> bool:
     return True
-
-
-def add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``output + scale * hidden B^T``, cast to the dtype of ``output``; ``hidden`` is (..., r)."""
-    if output.dtype == hidden.dtype == B.dtype:
-        # addmm folds scaling and addition into the product: no temporary of the output's size.
-        rows, inner = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-        return torch.addmm(rows, inner, B.T, alpha=scale).view(output.shape)
-    columns = B.T.contiguous()  # from which a processor computes B's gradient twice as fast
-    return output + ((hidden * scale) @ columns).to(output.dtype)
