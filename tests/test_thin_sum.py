@@ -1,9 +1,12 @@
 """The product with ``B`` is added in place where nobody can tell, elsewhere beside the output."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters import LoRA, attach
@@ -143,6 +146,28 @@ def test_second_derivatives_are_exact():
     given = tuple(t.detach().double().requires_grad_() for t in tensors(2, 2))
     assert torch.autograd.gradcheck(out, given)
     assert torch.autograd.gradgradcheck(out, given)
+
+
+def test_selective_checkpointing_that_keeps_products_recomputes_the_same():
+    layer = nn.Linear(6, 5, bias=False).requires_grad_(False)
+    keeping = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+    def checkpointed(layer, x, *others):
+        def block(x, *others):
+            return add_scaled(layer, layer(x), *others).sin()
+
+        return checkpoint(block, x, *others, use_reentrant=False, context_fn=keeping)
+
+    def plainly(layer, x, *others):
+        return plain(layer, layer(x), *others).sin()
+
+    given = tensors(2, 4)
+    found, expected = (
+        torch.autograd.grad(block(layer, *given, SCALE).sum(), given)
+        for block in (checkpointed, plainly)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_transforms_of_functions_are_those_of_the_plain_sum():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.modules import module as modules
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
 # Their outputs are new at every call, and no backward pass reads them.
@@ -43,8 +44,17 @@ def is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
         and "forward" not in layer.__dict__
         and type(output) is Tensor
         and output.is_contiguous()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not _is_recorded()
+    )
+
+
+def _is_recorded() -> bool:
+    """Whether somebody sees every operator: selective checkpointing keeps what they return."""
+    return (
+        is_in_torch_dispatch_mode()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
     )
 
 
