@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         PrefixTuning,
         start_from_text,
     )
+    from lit_adapters.alpaca_datamodule import AlpacaDataModule
     from lit_adapters.attachment import attach, check_adapters_fire, detach
     from lit_adapters.callbacks import (
         AdapterCheckpoint,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         SampleGenerations,
         SpikeGuard,
     )
-    from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
+    from lit_adapters.datamodule import InstructionDataModule
     from lit_adapters.export import export_merged, export_peft
     from lit_adapters.initialisation import initialise
     from lit_adapters.initialisers import (
@@ -54,6 +55,7 @@ _HOMES = {
         "PrefixTuning",
         "start_from_text",
     ],
+    "lit_adapters.alpaca_datamodule": ["AlpacaDataModule"],
     "lit_adapters.attachment": ["attach", "check_adapters_fire", "detach"],
     "lit_adapters.merging": ["merge"],
     "lit_adapters.callbacks": [
@@ -63,7 +65,7 @@ _HOMES = {
         "SampleGenerations",
         "SpikeGuard",
     ],
-    "lit_adapters.datamodule": ["AlpacaDataModule", "InstructionDataModule"],
+    "lit_adapters.datamodule": ["InstructionDataModule"],
     "lit_adapters.export": ["export_merged", "export_peft"],
     "lit_adapters.initialisation": ["initialise"],
     "lit_adapters.initialisers": [

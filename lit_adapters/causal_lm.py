@@ -1,17 +1,24 @@
-"""A causal language model in Lightning: its loss, its evaluation, its answers."""
+"""A causal language model in Lightning: its loss, its steps, its evaluation, its answers."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_adapters.callbacks.spikes import SpikeGuard
 from lit_adapters.evaluation import EvaluationSums
+from lit_adapters.footprint import peak_bytes
 from lit_adapters.generation import answer, generate
+from lit_adapters.guards import check_gradients, check_loss, check_tokens
 from lit_adapters.losses import LossKind, TokenLoss
 from lit_adapters.model_loss import ModelLoss
-from lit_adapters.sharding import inside
+from lit_adapters.sharding import average_gradients, clips_itself, gradient_norm, inside
+from lit_adapters.throughput import TokenWindow
 
 Batch = Mapping[str, Any]
 Row = dict[str, Any]
@@ -19,9 +26,15 @@ Row = dict[str, Any]
 # What the model reads of a batch: a padded one has a mask, a packed one positions.
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
+# Sums over tokens would overflow fp16 gradients. The number of tokens in a window is known only at
+# its end; a power of two near it changes no bit of the result.
+LOSS_UNIT = 1024
+
 
 class CausalLMModule(LightningModule):
-    """What `AdapterFineTuneModule` does with its model beside training it.
+    """What `AdapterFineTuneModule` does with its model, whatever is trained of it.
+
+    The loss of an optimizer step is the mean over its trained tokens.
 
     Args:
         loss: Where the loss comes from, as in `ModelLoss`.
@@ -30,12 +43,14 @@ class CausalLMModule(LightningModule):
 
     model: PreTrainedModel
     packing_obstacle: str | None = "the model is not built yet"  # why batches have to be padded
+    asks_spike_guard = True  # it knows the mean over tokens of a step, which callbacks do not
 
     def __init__(self, loss: LossKind, max_new_tokens: int) -> None:
         super().__init__()
         self.model_loss = ModelLoss(loss)
         self.max_new_tokens = max_new_tokens
         self.evaluated = EvaluationSums()
+        self.window = TokenWindow()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -69,6 +84,87 @@ class CausalLMModule(LightningModule):
         """Whether Lightning's learning-rate finder is at work, with a schedule of its own."""
         schedules = (config.scheduler for config in self.trainer.lr_scheduler_configs)
         return any(".tuner." in type(schedule).__module__ for schedule in schedules)
+
+    # --- training --------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Forget a window that was broken off."""
+        self.window = TokenWindow()
+
+    def on_train_epoch_start(self) -> None:
+        """Do not count the pause between epochs as training time."""
+        self.window.start()
+
+    def on_validation_end(self) -> None:
+        """Do not count validation as training time."""
+        self.window.start()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the summed loss in units of `LOSS_UNIT` tokens.
+
+        Callbacks see gradients in that unit until `on_before_optimizer_step` of this module has
+        divided them by the tokens of the window.
+        """
+        nll, tokens = self.nll(batch)
+        if self.searching:
+            return nll / tokens.clamp(min=1)  # what a search compares must be a mean
+        self.window.add(nll.detach(), tokens)
+        return nll / LOSS_UNIT
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn summed gradients into the mean over the window's trained tokens, then log."""
+        average_gradients(self.model)
+        if self.searching:
+            return
+        nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
+        total, count = torch.stack([nll, tokens]).tolist()  # one wait for the device, not two
+        check_tokens(count, self.trainer.global_step)
+        # Lightning divided each micro-batch by the accumulation, DDP and FSDP by the ranks.
+        divided = LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
+        check_gradients(gradients)
+        torch._foreach_mul_(gradients, divided / count)
+        loss, norm = nll / tokens, gradient_norm(self.model, gradients)
+        left_out = [
+            guard.leaves_out(self.trainer, loss, norm, count)
+            for guard in self.trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(guard, SpikeGuard)
+        ]
+        # In fp16, steps of overflows are left out.
+        if not any(left_out) and str(self.trainer.precision) != "16-mixed":
+            check_loss(total / count, self.trainer.global_step)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
+        self.log("train/tokens_per_second", rate, prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        self.log("memory/peak_mb", peak_bytes(self.device) / 1e6)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip; by norm under FSDP1 through its root, for no rank knows the norm by itself."""
+        if gradient_clip_val and clips_itself(self.model) and gradient_clip_algorithm != "value":
+            cast(Any, self.model).clip_grad_norm_(float(gradient_clip_val))
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and free the gradients: Lightning's loop would hold them until the next forward."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.optimizer_zero_grad(epoch, batch_idx, cast(Optimizer, optimizer))
+
+    # --- evaluation ------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         """Forget an evaluation that was broken off."""

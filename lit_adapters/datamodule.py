@@ -1,10 +1,8 @@
 """Instruction data for a Lightning trainer, resumable in the middle of an epoch."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -13,7 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.base_model import load_tokenizer
-from lit_adapters.batching import Batching, context, packing, pins_memory, sharing
+from lit_adapters.batching import (
+    Batching,
+    check_batching,
+    check_context,
+    packing,
+    pins_memory,
+    sharing,
+    tells_loaders_apart,
+    tokenizer_of,
+)
 from lit_adapters.data import (
     BatchLoader,
     Corpus,
@@ -36,7 +43,7 @@ from lit_adapters.data import (
     stop_ids,
 )
 from lit_adapters.fit_loaders import FitLoader, FitStream
-from lit_adapters.prompting import choose, prompting_of, set_prompting, to_note
+from lit_adapters.prompting import prompting_of, set_prompting
 from lit_adapters.token_store import TokenStore
 
 _STAGES: Mapping[str | None, tuple[SplitName, ...]] = {
@@ -135,11 +142,7 @@ class InstructionDataModule(LightningDataModule):
         super().__init__()
         if train_limit is not None and train_limit < 1:
             raise ValueError(f"train_limit {train_limit} is below 1; give a count, or null for all")
-        if batching not in get_args(Batching):
-            raise ValueError(
-                f"batching {batching!r} is unknown; use 'auto', 'packed' or 'padded' (with "
-                "group_by_length, which is the default, padding is little)"
-            )
+        check_batching(batching)
         by_name = tokenizer is None or isinstance(tokenizer, str)
         self.save_hyperparameters(ignore=[] if by_name else ["tokenizer"])
         self.path = path
@@ -157,20 +160,12 @@ class InstructionDataModule(LightningDataModule):
         self.train_limit = train_limit
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
+        prompting = Prompting(template, task_prompt or "", train_on)
         self.corpus = Corpus(
-            path,
-            format,
-            Prompting(template, task_prompt or "", train_on),
-            val_size,
-            seed,
-            train_limit,
-            streaming,
-            rank_zero_info,
+            path, format, prompting, val_size, seed, train_limit, streaming, rank_zero_info
         )
-        self._store = TokenStore(self.corpus, cache_dir)
-        self._given = {"template": None if template == "auto" else template,
-                       "task_prompt": task_prompt}  # fmt: skip
-        self._recorded: Prompting | None = None  # what loaded adapters said
+        given = {"template": None if template == "auto" else template, "task_prompt": task_prompt}
+        self._store = TokenStore(self.corpus, cache_dir, given)
         self._padding_explained = False
 
     @property
@@ -211,18 +206,18 @@ class InstructionDataModule(LightningDataModule):
         tokens = self._fitting("train")
         if self._module is not None:
             set_prompting(self._module, self.corpus.resolved(self._load_tokenizer()).with_text())
-        if self.streaming:
-            return self._train_stream()
-        order = TrainOrder(
-            lengths=[len(example["input_ids"]) for example in tokens],
-            batch_size=self.batch_size,
-            seed=self.seed,
-            shuffle=not getattr(self.trainer, "overfit_batches", 0),
-            group_by_length=self.group_by_length,
+        order = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": not getattr(self.trainer, "overfit_batches", 0),
+            "group_by_length": self.group_by_length,
             **self._budget(),
             **sharing(self.trainer),
-        )
-        loader = FitLoader(tokens, order, self._pad_id(), **self._loading())
+        }
+        if self.streaming:
+            return self._train_stream(order)
+        lengths = [len(example["input_ids"]) for example in tokens]
+        loader = FitLoader(tokens, TrainOrder(lengths, **order), self._pad_id(), **self._loading())
         loader.trainer = self.trainer
         return loader
 
@@ -252,21 +247,8 @@ class InstructionDataModule(LightningDataModule):
 
     def _ask_as_trained(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Ask adapters that were loaded as in their training, where these settings say nothing."""
-        if self._module is None:
-            return
-        recorded = prompting_of(self._module)
-        if recorded == self._recorded:
-            return
-        self._recorded = recorded
-        chosen, differs = choose(self._given, recorded)
-        own = self.corpus.prompting, self.corpus.resolved(tokenizer)
-        if to_note(chosen) not in map(to_note, own):
-            self.corpus.prompting = replace(chosen, train_on=self.corpus.prompting.train_on)
-            self._store.forget()
-            if recorded is not None:
-                rank_zero_info("Prompts are made as in the training of the loaded adapter.")
-        if differs:
-            rank_zero_info(f"Note: {differs}.")
+        if self._module is not None:
+            self._store.ask_as(prompting_of(self._module), tokenizer)
 
     def _check_test(self) -> None:
         if not self.corpus.count("test"):
@@ -276,15 +258,10 @@ class InstructionDataModule(LightningDataModule):
             )
 
     def _parts(self, split: SplitName) -> list[str | None]:
-        """The sources that are looked at one by one; None for all together.
-
-        Lightning hands several loaders only to modules that ask which one a batch is of.
-        """
-        module = self._module
-        step = "test_step" if split == "test" else "validation_step"
-        asks = module is None or "dataloader_idx" in signature(getattr(module, step)).parameters
+        """The sources that are looked at one by one; None for all together."""
         several = split != "train" and len(self.corpus.sources) > 1
-        return list(self.corpus.sources) if several and asks else [None]
+        apart = several and tells_loaders_apart(self._module, split)
+        return list(self.corpus.sources) if apart else [None]
 
     def _eval_loaders(self, split: SplitName) -> BatchLoader | dict[str, BatchLoader]:
         loaders = {
@@ -318,32 +295,19 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_info(f"Batches are padded, not packed: {why_not}.")
         return packed
 
-    def _train_stream(self) -> FitStream:
+    def _train_stream(self, order: dict[str, Any]) -> FitStream:
         if self.batch_tokens is not None and self.batch_tokens < self.max_length:
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is below max_length {self.max_length}, and a "
                 "stream may hold an example as long as that: raise batch_tokens, or lower "
                 "max_length"
             )
-        order = {
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "shuffle": not getattr(self.trainer, "overfit_batches", 0),
-            "group_by_length": self.group_by_length,
-            **self._budget(),
-            **sharing(self.trainer),
-        }
-        step = self.batch_size * order["devices"]
-        window = max(1, self.shuffle_buffer // step) * step
         tokenizer = self._load_tokenizer()
         encode = partial(
-            kept_tokens,
-            tokenizer=tokenizer,
-            max_length=self.max_length,
-            overlong=self.overlong,
+            kept_tokens, tokenizer=tokenizer, max_length=self.max_length, overlong=self.overlong
         )
         examples = partial(self.corpus.stream, tokenizer=tokenizer, encode=encode)
-        loader = FitStream(examples, order, self._pad_id(), window, self._packs())
+        loader = FitStream(examples, order, self._pad_id(), self.shuffle_buffer, self._packs())
         loader.trainer = self.trainer
         return loader
 
@@ -358,16 +322,9 @@ class InstructionDataModule(LightningDataModule):
         """The tokens of a split, all within the context of the model, if it is known."""
         tokens = self._tokenised(split, source)
         longest = max((len(example["input_ids"]) for example in tokens), default=0)
-        limit = context(self._module)
         streamed = self.streaming and split == "train"
-        longest = self.max_length if streamed else longest  # of which the stream may hold some
-        if limit is not None and longest > limit:
-            has = "may have" if streamed else "has"
-            raise ValueError(
-                f"{self.corpus.name} ({split}): the longest example {has} {longest} tokens "
-                f"(max_length is {self.max_length}), but the model reads {limit} at most; set "
-                f"max_length to {limit} or less"
-            )
+        data = f"{self.corpus.name} ({split})"
+        check_context(self._module, data, None if streamed else longest, self.max_length)
         return tokens
 
     def _known_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -385,37 +342,9 @@ class InstructionDataModule(LightningDataModule):
             if isinstance(adapter, AdapterSpec):
                 adapter.teach(self.tokenizer)
             return self.tokenizer
-        module = self._module
-        tokenizer = getattr(module, "tokenizer", None)
-        if tokenizer is None:
-            owner = "there is no trainer" if module is None else f"{type(module).__name__} has none"
-            raise ValueError(
-                f"no tokenizer: tokenizer=None takes the model's, but {owner}; give "
-                f"{type(self).__name__}(tokenizer=...) a folder, a hub id or a tokenizer"
-            )
-        return tokenizer
+        return tokenizer_of(self._module, asker=type(self).__name__)
 
     def _pad_id(self) -> int:
         tokenizer = self._load_tokenizer()
         pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         return eos_id if pad_id is None else pad_id
-
-
-class AlpacaDataModule(InstructionDataModule):
-    """Instruction data whose records have `instruction`, `output` and perhaps `input`."""
-
-    def __init__(
-        self,
-        path: str | list[str] | dict[str, float] = "tiny",
-        format: Literal["alpaca"] = "alpaca",
-        **settings: Any,
-    ) -> None:
-        """Settings only; nothing is read before it is needed.
-
-        Args:
-            path: "tiny" (embedded tasks), a file, a folder, a hub id, or several of them, as for
-                InstructionDataModule.
-            format: Always "alpaca".
-            settings: The other arguments of InstructionDataModule.
-        """
-        super().__init__(path, format, **settings)

@@ -1,55 +1,33 @@
 """The LightningModule that trains: a base, an adapter on it, an optimizer over the adapter."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
-from inspect import signature
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import AdapterSpec, LoRA
 from lit_adapters.agreement import compare, settings_of, start_of, structure_of
-from lit_adapters.attachment import adapted_layers, attach, check_adapters_fire
+from lit_adapters.attachment import adapted_layers, attach
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
 from lit_adapters.callbacks.init import InitAdapters
 from lit_adapters.callbacks.load_check import WHOLE, remember_base
 from lit_adapters.callbacks.lost_rank import ExplainLostRank
-from lit_adapters.callbacks.spikes import SpikeGuard
 from lit_adapters.causal_lm import Batch, CausalLMModule
 from lit_adapters.compilation import backend_of, compile_layers
 from lit_adapters.fingerprint import remember_fingerprint
+from lit_adapters.first_steps import FirstSteps, log_sizes
 from lit_adapters.fit_loaders import resume_loaders
-from lit_adapters.footprint import footprint, optimizer_bytes, peak_bytes
-from lit_adapters.guards import (
-    PATIENCE,
-    check_gradients,
-    check_loss,
-    check_moved,
-    check_tokens,
-    warn_if_rounded,
-)
-from lit_adapters.input_sharing import compute_apart, finding_shared_inputs
+from lit_adapters.footprint import footprint
+from lit_adapters.guards import warn_if_rounded
+from lit_adapters.input_sharing import compute_apart
 from lit_adapters.loading_once import build_once, machine_of, obstacle_of
 from lit_adapters.losses import LossKind
-from lit_adapters.optim import (
-    fuse,
-    hold_ratios,
-    options_of,
-    parameter_groups,
-    set_options,
-    set_rate,
-    take_rate,
-    unpacked,
-    warmup_then,
-)
+from lit_adapters.optim import build_optimizer, options_of, set_options, take_rate, warmup_then
 from lit_adapters.optim.schedule import Decay
 from lit_adapters.packed_rows import keep_rows_apart
 from lit_adapters.portable_states import make_portable
@@ -63,21 +41,8 @@ from lit_adapters.saved_settings import (
     spec_from_plain,
     spec_to_plain,
 )
-from lit_adapters.sharding import (
-    average_gradients,
-    check_optimizer,
-    clips_itself,
-    gradient_norm,
-    is_sharded,
-    shard,
-    spread_over_all,
-)
-from lit_adapters.throughput import TokenWindow
+from lit_adapters.sharding import check_optimizer, is_sharded, shard, spread_over_all
 from lit_adapters.trained_state import check_trained, keep_trained
-
-# Sums over tokens would overflow fp16 gradients. The number of tokens in a window is known only at
-# its end; a power of two near it changes no bit of the result.
-LOSS_UNIT = 1024
 
 
 class AdapterFineTuneModule(CausalLMModule):
@@ -117,8 +82,6 @@ class AdapterFineTuneModule(CausalLMModule):
         compile: Run the decoder layers through torch.compile: true, or the name of a backend. Steps
             are faster after the first, which takes seconds, or minutes.
     """
-
-    asks_spike_guard = True  # it knows the mean over tokens of a step, which callbacks do not
 
     def __init__(
         self,
@@ -161,10 +124,7 @@ class AdapterFineTuneModule(CausalLMModule):
         self.compile_backend = backend_of(compile)
         self._tokenizer = tokenizer
         self._built = False
-        self._adapters_checked = False
-        self._move_checked = False
-        self._optimizer_logged = False
-        self.window = TokenWindow()
+        self.first_steps = FirstSteps()
         # Adapter-only checkpoints leave the base out on purpose; `check_trained` is the strict one.
         self.strict_loading = False
         # Plain types only: a checkpoint is then readable with weights_only=True.
@@ -282,107 +242,18 @@ class AdapterFineTuneModule(CausalLMModule):
     # --- training --------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Tell every logger what is trained and how large the parts are."""
-        self._adapters_checked = False
-        self._move_checked = False
-        self._optimizer_logged = False
-        self.window = TokenWindow()
+        """Compare what ranks start from; tell every logger how large the parts are."""
+        super().on_fit_start()
+        self.first_steps = FirstSteps()
         compare(partial(start_of, self))
         warn_if_rounded(self.model)
-        sizes = self._sizes if is_sharded(self.trainer.strategy) else footprint(self.model)
-        self._log_once(
-            {
-                "parameters/trainable": sizes.trainable,
-                "parameters/trainable_share": sizes.share,
-                "bytes/base": sizes.base_bytes,
-                "bytes/adapter": sizes.adapter_bytes,
-            }
-        )
+        sharded = is_sharded(self.trainer.strategy)
+        log_sizes(self.trainer, self._sizes if sharded else footprint(self.model))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make sure, once, that no adapter is bypassed."""
-        if not self._adapters_checked:
-            inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-            if "logits_to_keep" in signature(self.model.forward).parameters:
-                inputs["logits_to_keep"] = 1  # all of them could be the peak of the run
-            whole = not is_sharded(self.trainer.strategy) and not self.compile_backend
-            with finding_shared_inputs(self.model) if whole else nullcontext():
-                check_adapters_fire(self.model, {**inputs, "use_cache": False})
-            self._adapters_checked = True
+        """Make sure, once, that no adapter is bypassed, which is no training time."""
+        if self.first_steps.check_fire(self, batch):
             self.window.start()
-
-    def on_train_epoch_start(self) -> None:
-        """Do not count the pause between epochs as training time."""
-        self.window.start()
-
-    def on_validation_end(self) -> None:
-        """Do not count validation as training time."""
-        self.window.start()
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the summed loss in units of `LOSS_UNIT` tokens.
-
-        Callbacks see gradients in that unit until `on_before_optimizer_step` of this module has
-        divided them by the tokens of the window.
-        """
-        nll, tokens = self.nll(batch)
-        if self.searching:
-            return nll / tokens.clamp(min=1)  # what a search compares must be a mean
-        self.window.add(nll.detach(), tokens)
-        return nll / LOSS_UNIT
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn summed gradients into the mean over the window's trained tokens, then log."""
-        average_gradients(self.model)
-        if self.searching:
-            return
-        nll, tokens, rate = self.window.close(self.trainer.strategy.reduce)
-        total, count = torch.stack([nll, tokens]).tolist()  # one wait for the device, not two
-        check_tokens(count, self.trainer.global_step)
-        # Lightning divided each micro-batch by the accumulation, DDP and FSDP by the ranks.
-        divided = LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [
-            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
-        check_gradients(gradients)
-        torch._foreach_mul_(gradients, divided / count)
-        loss, norm = nll / tokens, gradient_norm(self.model, gradients)
-        left_out = [
-            guard.leaves_out(self.trainer, loss, norm, count)
-            for guard in self.trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(guard, SpikeGuard)
-        ]
-        # In fp16, steps of overflows are left out.
-        if not any(left_out) and str(self.trainer.precision) != "16-mixed":
-            check_loss(total / count, self.trainer.global_step)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/grad_norm", norm)
-        self.log("train/tokens_per_second", rate, prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
-        self.log("memory/peak_mb", peak_bytes(self.device) / 1e6)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip; by norm under FSDP1 through its root, for no rank knows the norm by itself."""
-        if gradient_clip_val and clips_itself(self.model) and gradient_clip_algorithm != "value":
-            cast(Any, self.model).clip_grad_norm_(float(gradient_clip_val))
-            return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step, and free the gradients: Lightning's loop would hold them until the next forward."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.optimizer_zero_grad(epoch, batch_idx, cast(Optimizer, optimizer))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Once: see that adapters move; log the size of the optimizer's state."""
@@ -390,26 +261,20 @@ class AdapterFineTuneModule(CausalLMModule):
             if outputs and not outputs["loss"].isfinite():
                 self.trainer.should_stop = True  # larger rates will not do better
             return
-        if not self._move_checked and self.trainer.global_step >= PATIENCE:
-            self._move_checked = True
-            check_moved(self.model, self.trainer.optimizers[0].param_groups[0]["lr"])
-        if not self._optimizer_logged and any(o.state for o in self.trainer.optimizers):
-            self._optimizer_logged = True
-            size = sum(optimizer_bytes(o) for o in self.trainer.optimizers)
-            self._log_once({"bytes/optimizer": size})
-            for said in filter(None, map(unpacked, self.trainer.optimizers)):
-                rank_zero_info(said)
+        self.first_steps.check_moved(self)
+        self.first_steps.measure_optimizer(self)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and its schedule."""
-        groups = parameter_groups(self.model, self.lora_plus_ratio, self.embedding_lr)
-        optimizer = self.optimizer_factory(groups)
+        optimizer = build_optimizer(
+            self.optimizer_factory,
+            self.model,
+            self.lora_plus_ratio,
+            self.embedding_lr,
+            self.learning_rate,
+            fused=str(self.trainer.precision) != "16-mixed",  # there, fused steps cannot be clipped
+        )
         check_optimizer(optimizer, self.trainer.strategy)
-        if self.learning_rate is not None:
-            set_rate(optimizer, self.learning_rate)
-        hold_ratios(optimizer)
-        if str(self.trainer.precision) != "16-mixed":  # there, fused steps cannot be clipped
-            fuse(optimizer)
         if isinstance(self.lr_scheduler, str):
             total = self.trainer.estimated_stepping_batches
             schedule: Any = warmup_then(self.lr_scheduler, optimizer, total, self.warmup)
@@ -451,11 +316,6 @@ class AdapterFineTuneModule(CausalLMModule):
         """Refuse a checkpoint that does not hold exactly what is trained here."""
         check_trained(self, checkpoint["state_dict"])
         rewrite_for(self.model, checkpoint["state_dict"], "model.")
-
-    def _log_once(self, values: dict[str, float]) -> None:
-        if self.trainer.is_global_zero:
-            for logger in self.loggers:
-                logger.log_metrics(values, step=self.trainer.global_step)
 
 
 def default_optimizer(groups: Any) -> Optimizer:

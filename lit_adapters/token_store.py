@@ -1,14 +1,16 @@
-"""The tokens of every split of a corpus: made when first asked for, reported, kept."""
+"""The tokens of every split of a corpus: asked as in training, made once, reported, kept."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from lit_adapters.data import Corpus, LengthReport, Overlong, SplitName, Tokens, tokenise
+from lit_adapters.data import Corpus, LengthReport, Overlong, Prompting, SplitName, Tokens, tokenise
 from lit_adapters.data.cache import FOLDER, once
+from lit_adapters.prompting import choose, to_note
 
 
 class TokenStore:
@@ -17,14 +19,34 @@ class TokenStore:
     Args:
         corpus: The examples.
         cache_dir: Where the next run finds them; "auto" is our folder, None keeps nothing.
+        given: `template` and `task_prompt`; None where nothing is said.
     """
 
-    def __init__(self, corpus: Corpus, cache_dir: str | None) -> None:
+    def __init__(
+        self, corpus: Corpus, cache_dir: str | None, given: Mapping[str, str | None]
+    ) -> None:
         self.corpus = corpus
         self.cache_dir = cache_dir
+        self.given = given
         self.reports: dict[str, LengthReport] = {}
         self._tokens: dict[str, list[Tokens]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._recorded: Prompting | None = None  # what loaded adapters said
+
+    def ask_as(self, recorded: Prompting | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Ask as in the training that is ``recorded``, where nothing else is given."""
+        if recorded == self._recorded:
+            return
+        self._recorded = recorded
+        chosen, differs = choose(self.given, recorded)
+        own = self.corpus.prompting, self.corpus.resolved(tokenizer)
+        if to_note(chosen) not in map(to_note, own):
+            self.corpus.prompting = replace(chosen, train_on=self.corpus.prompting.train_on)
+            self.forget()
+            if recorded is not None:
+                rank_zero_info("Prompts are made as in the training of the loaded adapter.")
+        if differs:
+            rank_zero_info(f"Note: {differs}.")
 
     def forget(self) -> None:
         """Forget all tokens: the texts are others now."""

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from lit_adapters import AlpacaDataModule, InstructionDataModule
 from lit_adapters.data import alpaca_prompt
-from lit_adapters.datamodule import AlpacaDataModule, InstructionDataModule
 from tests.data.word_tokenizer import EOS, word_tokenizer
 
 pytestmark = [

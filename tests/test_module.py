@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch.nn import functional as F
 
-import lit_adapters.module
+import lit_adapters.first_steps
 from lit_adapters import AdapterCheckpoint, AdapterFineTuneModule, InitAdapters, LoRA, attach
 from lit_adapters.data import collate
 from lit_adapters.initialisers import Gaussian
@@ -725,9 +725,9 @@ def test_an_unknown_method_in_a_checkpoint_is_refused():
 
 def test_adapters_are_checked_once_per_fit(tmp_path, monkeypatch):
     calls = []
-    real = lit_adapters.module.check_adapters_fire
+    real = lit_adapters.first_steps.check_adapters_fire
     monkeypatch.setattr(
-        lit_adapters.module,
+        lit_adapters.first_steps,
         "check_adapters_fire",
         lambda model, batch: (calls.append(1), real(model, batch)),
     )
@@ -758,7 +758,7 @@ def test_the_check_does_not_shift_random_choices(tmp_path, monkeypatch):
     runs = []
     for check in (True, False):
         if not check:
-            monkeypatch.setattr(lit_adapters.module, "check_adapters_fire", lambda *_: None)
+            monkeypatch.setattr(lit_adapters.first_steps, "check_adapters_fire", lambda *_: None)
         torch.manual_seed(0)
         module = make(gpt2(resid_pdrop=0.2), adapter=LoRA(rank=4, dropout=0.2))
         module.configure_model()

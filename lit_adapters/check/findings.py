@@ -21,7 +21,7 @@ from lit_adapters.estimate.estimation import peaks_of
 from lit_adapters.estimate.rehearsal import Rehearsal
 from lit_adapters.estimate.shapes import Training
 from lit_adapters.footprint import footprint
-from lit_adapters.optim import check_suited, choose_layers, parameter_groups
+from lit_adapters.optim import build_optimizer, check_suited, choose_layers
 from lit_adapters.sharding import Unit, check_optimizer, check_sharding, units
 from lit_adapters.targets import match_targets
 
@@ -116,8 +116,9 @@ def _examine_model(found: Findings, trainer: Trainer, rehearsal: Rehearsal) -> l
         found.units = described(units(model, strategy))
     with found.noting("optimizer"):
         module = rehearsal.module
-        groups = parameter_groups(model, module.lora_plus_ratio, module.embedding_lr)
-        optimizer = module.optimizer_factory(groups)
+        optimizer = build_optimizer(
+            module.optimizer_factory, model, module.lora_plus_ratio, module.embedding_lr
+        )
         check_optimizer(optimizer, strategy)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GaLore):

@@ -150,7 +150,8 @@ class StreamLoader:
         examples: Returns the tokenised examples of an epoch, in the order of the data.
         order: How a window of examples becomes batches; `lengths` and `seed` are set here.
         pad_id: Token id for padding.
-        window: Examples that are shuffled together; more are mixed better and take more memory.
+        window: Examples that are shuffled together, rounded to whole steps of all devices; more are
+            mixed better and take more memory.
         packed: Concatenate the examples of a batch instead of padding them.
     """
 
@@ -165,7 +166,8 @@ class StreamLoader:
         self.examples = examples
         self.order = dict(order)
         self.pad_id = pad_id
-        self.window = window
+        step = max(1, self.order["batch_size"] * self.order["devices"])  # 0 is TrainOrder's to say
+        self.window = max(1, window // step) * step
         self.packed = packed
         self._next = (0, 0)
 

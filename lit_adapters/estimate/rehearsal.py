@@ -17,7 +17,7 @@ from lit_adapters.estimate.memory_trace import Category, MemoryTrace, Peak
 from lit_adapters.estimate.shapes import Training, built_with_shapes
 from lit_adapters.losses import tokens_per_chunk
 from lit_adapters.model_loss import stated_shape
-from lit_adapters.optim import SHADOW, GaLoreEngine, fuse, hold_ratios, parameter_groups
+from lit_adapters.optim import SHADOW, GaLoreEngine, build_optimizer
 from lit_adapters.optim.shadow import Shadowed
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import side_tensors
@@ -102,11 +102,13 @@ class Rehearsal:
 
     def _optimizer(self) -> tuple[Optimizer, GaLoreEngine | None]:
         module, galore = self.module, self.training.galore
-        groups = parameter_groups(self.model, module.lora_plus_ratio, module.embedding_lr)
-        optimizer = module.optimizer_factory(groups)
-        hold_ratios(optimizer)
-        if self.training.precision != "16-mixed":
-            fuse(optimizer)
+        optimizer = build_optimizer(
+            module.optimizer_factory,
+            self.model,
+            module.lora_plus_ratio,
+            module.embedding_lr,
+            fused=self.training.precision != "16-mixed",
+        )
         if galore is None:
             return optimizer, None
         names = match_targets(self.model, galore.selection)

@@ -1,5 +1,6 @@
 """How parameters are stepped: groups, schedules, and GaLore's projection around an optimizer."""
 
+from lit_adapters.optim.build import build_optimizer
 from lit_adapters.optim.choice import choose_layers
 from lit_adapters.optim.decay import check_suited
 from lit_adapters.optim.eight_bit import unpacked
@@ -14,6 +15,7 @@ __all__ = [
     "SHADOW",
     "GaLoreEngine",
     "Projection",
+    "build_optimizer",
     "check_suited",
     "choose_layers",
     "fuse",

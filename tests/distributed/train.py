@@ -24,6 +24,7 @@ from torch.distributed.fsdp.wrap import enable_wrap
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lit_adapters
+import lit_adapters.first_steps
 import lit_adapters.loading_once
 import lit_adapters.module
 from lit_adapters import AdapterCheckpoint, AdapterFineTuneModule, InstructionDataModule
@@ -132,7 +133,7 @@ def sgd(groups):
     return torch.optim.SGD(groups, lr=0.05)
 
 
-FINDING = lit_adapters.module.finding_shared_inputs
+FINDING = lit_adapters.first_steps.finding_shared_inputs
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 
 
@@ -144,7 +145,7 @@ def built(text):
 def run(case):
     """Train as the case says; return what is to be compared."""
     # `nullcontext`: every layer computes its own product, as shards do.
-    lit_adapters.module.finding_shared_inputs = nullcontext if case.get("apart") else FINDING
+    lit_adapters.first_steps.finding_shared_inputs = nullcontext if case.get("apart") else FINDING
     if os.environ.get("RANK") == "1":
         case = {**case, **case.get("on rank 1", {})}
     ranks = int(os.environ.get("WORLD_SIZE", 1))
