@@ -77,6 +77,16 @@ def test_a_subspace_that_is_not_there_in_the_backward_pass_leaves_the_gradient_w
         assert shadow.grad is None
 
 
+def test_autograd_grad_gives_the_projected_gradient_and_refuses_the_whole_one():
+    layer, stock, shadow, (P,) = made("right")
+    x = torch.randn(5, COLUMNS, dtype=torch.float64)
+    (whole,) = torch.autograd.grad(stock(x).square().sum(), stock.weight)
+    (projected,) = torch.autograd.grad(layer(x).square().sum(), shadow)
+    torch.testing.assert_close(projected, project(whole, P))
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(layer(x).square().sum(), layer.weight)
+
+
 @every_side
 def test_under_autocast_it_is_as_near_as_the_gradient_in_bf16(side):
     layer, stock, shadow, (P,) = made(side, dtype=torch.float32)

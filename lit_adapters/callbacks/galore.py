@@ -53,6 +53,8 @@ class GaLore(Callback):
     another strategy if the sides agree.
 
     In manual optimization a new subspace is chosen in the first backward pass of a window.
+    ``backward()`` is what projects: ``torch.autograd.grad`` says of a projected weight that it is
+    not used, and gives the projected gradient for the ``galore`` of its layer.
 
     Args:
         rank: Directions kept of each gradient.
