@@ -131,8 +131,8 @@ def console() -> None:
         signal.signal(signal.SIGTERM, _terminate)  # process 1 of a container has no default
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("LIT_ADAPTERS_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("LIT_ADAPTERS_TRACEBACK") or not _is_of_input(error):
             raise
         where = "(LIT_ADAPTERS_TRACEBACK=1 shows where it was raised)"
         sys.exit(f"error: {clearer(str(error), ())}\n{where}")
@@ -142,6 +142,13 @@ def console() -> None:
         if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes it status 1
             sys.exit(130)
         raise
+
+
+def _is_of_input(error: Exception) -> bool:
+    """Whether an error says what is wrong with what was asked for, or with what is installed."""
+    kinds = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+    # Lightning's, which is a plain Exception; most commands do not import it.
+    return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

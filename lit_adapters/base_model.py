@@ -72,6 +72,7 @@ def load_base(
         OSError: if the hub has no such model, wants a login or cannot be reached.
         RuntimeError: if a package is missing that quantises, or the device lacks bf16.
     """
+    _check_is_model(base)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": revision}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -91,6 +92,17 @@ def load_base(
     for module in model.modules():
         settle(module)
     return model
+
+
+def _check_is_model(base: str) -> None:
+    """Raise a FileNotFoundError if ``base`` is a local folder without a model."""
+    folder = Path(resolve_base(base))
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    remedy = "give the folder of a model"
+    if (folder / "adapter_config.json").exists():
+        remedy = "it is an adapter folder: name the model as the base, and it as the adapter"
+    raise FileNotFoundError(f"base {base!r} is a folder without config.json; {remedy}")
 
 
 def _quantising_device() -> torch.device:
@@ -121,6 +133,7 @@ def empty_base(
     Layers are those of the quantisation, their weights not packed yet; `allocate` does it. Raises
     as `load_base` does.
     """
+    _check_is_model(base)
     with _explained(base):
         config = AutoConfig.from_pretrained(
             resolve_base(base), revision=revision, trust_remote_code=False
@@ -153,10 +166,17 @@ def _output_head(base: str, revision: str | None) -> list[str]:
 
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of ``base``; raises as `load_base` does."""
+    path = resolve_base(base)
     with _explained(base):
-        return AutoTokenizer.from_pretrained(
-            resolve_base(base), revision=revision, trust_remote_code=False
-        )
+        try:
+            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        except ValueError as error:  # what transformers makes of a folder without one
+            if not Path(path).is_dir() or any(Path(path).glob("*tokenizer*")):
+                raise
+            raise FileNotFoundError(
+                f"{base!r} holds no tokenizer (tokenizer.json and the like); name a folder or hub "
+                "id that does as the tokenizer"
+            ) from error
 
 
 @contextmanager

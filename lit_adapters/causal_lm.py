@@ -148,6 +148,11 @@ class CausalLMModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip; by norm under FSDP1 through its root, for no rank knows the norm by itself."""
+        if gradient_clip_val is not None and not gradient_clip_val >= 0:
+            raise ValueError(
+                f"gradient_clip_val {gradient_clip_val} would turn gradients around; give the "
+                "largest norm that they may have, such as 1.0, or null to clip none"
+            )
         if gradient_clip_val and clips_itself(self.model) and gradient_clip_algorithm != "value":
             cast(Any, self.model).clip_grad_norm_(float(gradient_clip_val))
             return

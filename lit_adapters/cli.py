@@ -30,6 +30,16 @@ from lit_adapters.callbacks import (
 )
 from lit_adapters.callbacks.files import check_writable
 from lit_adapters.datamodule import InstructionDataModule
+from lit_adapters.initialisers import (
+    Gaussian,
+    Kaiming,
+    LoftQ,
+    LoRAGA,
+    MiLoRA,
+    OLoRA,
+    PiSSA,
+    QPiSSA,
+)
 from lit_adapters.metrics import TextMetric
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.saved_settings import trusted_settings
@@ -51,12 +61,18 @@ SWITCHED_OFF = {
     "progress": "trainer.enable_progress_bar: false",
     "summary": "trainer.enable_model_summary: false",
 }
+STARTS = (Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, OLoRA, PiSSA, QPiSSA)
+FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
 
 
 class TrainingParser(ClearErrors, LightningArgumentParser):
     """LightningCLI's parser, with errors of one line."""
 
-    classes = tuple(method.__name__ for method in METHODS)
+    # An initialiser is found by its whole name alone: it is no subclass, but has the signature.
+    classes = (
+        *(method.__name__ for method in METHODS),
+        *(f"lit_adapters.{start.__name__}" for start in STARTS),
+    )
 
 
 class AdapterCLI(LightningCLI):
@@ -121,7 +137,13 @@ class AdapterCLI(LightningCLI):
             root = self._get(self.config_init, "trainer.default_root_dir") or Path.cwd()
             board = TensorBoardLogger(root)
             kwargs["logger"] = [board, CSVLogger(root, version=board.version)]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.accumulate_grad_batches < 1:  # Lightning would divide by it
+            raise ValueError(
+                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} is below 1; "
+                "give the number of batches of an optimizer step"
+            )
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out the bar and the summary if they are switched off, as Lightning's own are."""
@@ -148,13 +170,14 @@ class AdapterCLI(LightningCLI):
         ignored, and imports whatever class a checkpoint names; here names come from our own list.
         """
         name = self.config.get("subcommand")
-        path = self.config[name].get("ckpt_path") if name else None
-        if not path or not Path(path).is_file():
+        given = self.config[name].get("ckpt_path") if name else None
+        path = find_checkpoint(given) if given else None
+        if path is None:
             return
-        checkpoint = read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(path)
         saved = trusted_settings(checkpoint.get("hyper_parameters", {}))
-        given = self.parser.parse_args(self._arguments, defaults=False)[name].get("model")
-        said = given.as_dict() if given else {}
+        model = self.parser.parse_args(self._arguments, defaults=False)[name].get("model")
+        said = model.as_dict() if model else {}
         settings = {name: {"model": _laid_over(saved, said)}}
         self.config = self.parser.parse_object(settings, self.config)
 
@@ -162,6 +185,29 @@ class AdapterCLI(LightningCLI):
         """Keep the raw arguments, to tell what was said from what is a default."""
         self._arguments = args
         super().parse_arguments(parser, args)
+
+
+def find_checkpoint(given: str) -> Path | None:
+    """Return the file that ``--ckpt_path`` means; None where it is Lightning's to find.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    if given in FOUND_BY_LIGHTNING or "://" in given or (path / ".metadata").exists():
+        return None  # or it is of several files
+    is_adapter = (path / "adapter_config.json").exists()
+    folder = path if path.is_dir() and not is_adapter else path.parent
+    files = ", ".join(sorted(file.name for file in folder.glob("*.ckpt")))
+    what = "is a folder" if path.is_dir() else "is not there"
+    if is_adapter:
+        what = "is an adapter folder, which generate, merge and export take"
+    raise ValueError(
+        f"--ckpt_path takes a trainer checkpoint, last.ckpt or best.ckpt of a fit, and {given} "
+        f"{what}. In {folder} there is {files or 'no file that ends in .ckpt'}"
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

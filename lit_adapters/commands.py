@@ -12,7 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.base_model import load_base, load_tokenizer
 from lit_adapters.data import Prompting, Record, prompt_ids, stop_ids, to_examples
-from lit_adapters.export import export_merged, export_peft, serving_notes
+from lit_adapters.export import (
+    ADAPTER,
+    MODEL,
+    export_merged,
+    export_peft,
+    free_folder,
+    serving_notes,
+)
 from lit_adapters.generation import generate as generate_answers
 from lit_adapters.io import load_adapter, peft_config
 from lit_adapters.prompting import choose, prompting_of
@@ -72,6 +79,9 @@ def generate(
     if raw and (template is not None or task_prompt):
         raise ValueError("--raw takes prompts as they are; leave --template and --task_prompt out")
     choose(given, None)  # a mistake is said before a model is loaded
+    asked = None if prompt is None else [(prompt, input)]
+    if file is not None:
+        asked = list(_read_requests(Path(file)))
     model, words = _load(base, adapter, dtype, tokenizer, revision, quantization)
     how, differs = choose(given, prompting_of(model), "alpaca")
     if raw:
@@ -96,10 +106,8 @@ def generate(
             else:
                 print(answer)
 
-    if file is not None:
-        reply(list(_read_requests(Path(file))))
-    elif prompt is not None:
-        reply([(prompt, input)])
+    if asked is not None:
+        reply(asked)
     else:
         for line in _typed():
             reply([(line, "")])
@@ -125,6 +133,7 @@ def merge(
         revision: Branch, tag or commit of a hub model.
         untie: Give a tied layer that is adapted at one end a weight of its own.
     """
+    free_folder(output, ADAPTER)  # a mistake is said before a model is loaded
     model, words = _load(base, adapter, "float32", tokenizer, revision)
     folder = export_merged(model, output, words, getattr(torch, dtype), untie)
     Console().print(f"merged model ({dtype}) written to {folder}")
@@ -155,6 +164,7 @@ def export(
     if format == "hf":
         merge(adapter, output, base, dtype, tokenizer, revision, untie)
         return
+    free_folder(output, MODEL)
     model, words = _load(base, adapter, "float32", tokenizer, revision)
     folder = export_peft(model, output, words)
     Console().print(f"PEFT adapter written to {folder}")
@@ -185,7 +195,14 @@ def _asked(request: tuple[str, str]) -> Record:
 
 
 def _read_requests(file: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # with or without Windows' mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--file {file} cannot be read: {error}; expected text in UTF-8 with one instruction "
+            "per line, or a .jsonl file"
+        ) from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         if file.suffix != ".jsonl":
@@ -193,11 +210,15 @@ def _read_requests(file: Path) -> Iterator[tuple[str, str]]:
             continue
         try:
             record = loads(line)
-            yield record["instruction"], record.get("input") or ""
+            instruction, more = record["instruction"], record.get("input") or ""
+            if not isinstance(instruction, str) or not isinstance(more, str):
+                raise TypeError("no text")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{file}, line {number}: expected a JSON object with 'instruction', got {line[:80]}"
+                f"{file}, line {number}: expected a JSON object with the texts 'instruction' and, "
+                f"perhaps, 'input', got {line[:80]}"
             ) from error
+        yield instruction, more
 
 
 def _typed() -> Iterator[str]:

@@ -14,6 +14,30 @@ from lit_adapters.io import peft_config, save_adapter
 from lit_adapters.merging import merge
 
 VLLM_RANK = 16  # its default --max-lora-rank
+MODEL, ADAPTER = "config.json", "adapter_config.json"  # which folder is which
+
+
+def free_folder(path: str | Path, other: str) -> Path:
+    """Return the folder ``path``, to be written, if it is free of the ``other`` kind.
+
+    Both in one would be read as an adapter on the model, which is merged already, or another's.
+
+    Args:
+        path: It need not exist.
+        other: `MODEL` or `ADAPTER`.
+
+    Raises:
+        ValueError: if it is no name, a file, or holds ``other``.
+    """
+    folder = Path(path)
+    if not str(path) or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"the output {str(path)!r} is no folder; name one, which need not exist")
+    if (folder / other).exists():
+        raise ValueError(
+            f"{folder} holds {other}: a model and an adapter in one folder would be taken for each "
+            "other's, and the adapter applied to it; choose another folder"
+        )
+    return folder
 
 
 def export_merged(
@@ -33,12 +57,13 @@ def export_merged(
         untie: Give a tied layer that is adapted at one end a weight of its own.
 
     Raises:
-        ValueError: if there is no adapter, or a tied weight stands in the way (see `merge`).
+        ValueError: if there is no adapter, a tied weight stands in the way (see `merge`), or the
+            folder is an adapter's.
     """
+    folder = free_folder(path, ADAPTER)
     merged = merge(copy.deepcopy(model), untie)
     if dtype is not None:
         nn.Module.to(merged, dtype)
-    folder = Path(path)
     merged.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -56,15 +81,17 @@ def export_peft(
         tokenizer: Written beside it if given.
 
     Raises:
-        ValueError: if PEFT has no method that computes the same. Nothing is then written.
+        ValueError: if PEFT has no method that computes the same, or the folder is a model's.
+            Nothing is then written.
     """
+    folder = free_folder(path, MODEL)
     kind = peft_config(model)["peft_type"]
     if kind.startswith(OWN_TYPE):
         raise ValueError(
             f"PEFT has nothing that computes what this adapter does ({kind}); use its folder with "
             "load_adapter, or export a merged model if the method can be merged"
         )
-    folder = save_adapter(model, path)
+    save_adapter(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder

@@ -34,6 +34,9 @@ _CHOICES = re.compile(
 _NO_FILE = re.compile(
     r"^Parser key \"(?P<key>[\w.]+)\":\s+Unable to load config '(?P<value>[^']*)'"
 )
+_LITERAL = re.compile(
+    r"Expected a typing\.Literal\[(?P<choices>[^]]*)\](?:\. Got value: (?P<value>[^\n]*))?$"
+)
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
@@ -80,9 +83,11 @@ def clearer(message: str, options: Sequence[str], classes: Sequence[str] = ()) -
     if wrong := _NO_CLASS.search(message):
         choices = re.findall(r"'(\w+)'", "".join(re.findall(r"Literal\[[^]]*]", message)))
         return f"{where}{wrong[1]!r} is unknown{_meant(wrong[1], [*choices, *classes])}"
-    if reason := _only_reason(message) or _not_among(message):
-        return where + reason
-    return message
+    reason = _only_reason(message) or _not_among(message)
+    if choice := _LITERAL.search(reason or message):
+        value = choice["value"] or re.findall(r"^ *Given value: (.*)", message, re.MULTILINE)[-1]
+        reason = _among(value, re.findall(r"'([^']+)'", choice["choices"]))
+    return where + reason if reason else message
 
 
 def _only_reason(message: str) -> str | None:
@@ -94,6 +99,10 @@ def _only_reason(message: str) -> str | None:
         for reason in reasons
         if "<class 'NoneType'>" not in reason
     ]
+    # Of the class that was named; that it is nothing else either goes without saying.
+    named = [reason for reason in reasons if re.match(r"[\w.]+: the following arguments", reason)]
+    if len(named) == 1:
+        return named[0]
     if len(reasons) != 1:
         return None
     owner = re.search(r"class_path='([^']+)'", message)
@@ -105,18 +114,26 @@ def _not_among(message: str) -> str | None:
     choices = _CHOICES.search(message)
     if choices is None:
         return None
-    allowed = re.findall(r"'(\w+)'", choices["kinds"])
-    near = difflib.get_close_matches(choices["value"], allowed, n=1)
+    return _among(
+        choices["value"],
+        [one for one in re.findall(r"'([^']+)'", choices["kinds"]) if one != "NoneType"],
+    )
+
+
+def _among(value: str, allowed: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, allowed, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    return f"{choices['value']!r} is none of {', '.join(allowed)}{meant}"
+    return f"{value!r} is none of {', '.join(allowed)}{meant}"
 
 
 def _meant(name: str, options: Sequence[str], dashes: str = "") -> str:
     options = list(dict.fromkeys(options))
     last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, options, n=3, cutoff=0.7) or [
-        option for option in options if option.rpartition(".")[2] == last
-    ]
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.7)
+    if not near:
+        lasts = [option.rpartition(".")[2].lower() for option in options]
+        alike = difflib.get_close_matches(last.lower(), lasts, n=1, cutoff=0.7)
+        near = [option for option, one in zip(options, lasts, strict=True) if one in alike]
     if not near:
         return "; did you forget a part of its name? COMMAND --help lists all"
     return f"; did you mean {' or '.join(dashes + option for option in near[:3])}?"

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_adapters import LoRA, attach
-from lit_adapters.__main__ import main
+from lit_adapters.__main__ import console, main
 from lit_adapters.datamodule import InstructionDataModule
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.suggestions import ClearErrors, clearer
@@ -57,6 +59,10 @@ OPTIONS = [
         (
             "unrecognized arguments: -zzz",
             "unknown option '--zzz'; did you forget a part of its name? COMMAND --help lists all",
+        ),
+        (
+            "unrecognized arguments: --max_step 4",
+            "unknown option '--max_step'; did you mean --trainer.max_steps?",
         ),
     ],
 )
@@ -144,6 +150,14 @@ LORA = ["--model.adapter", "LoRA"]
         (["--trainer.max_step", "4"], "did you mean --trainer.max_steps"),
         (["--data.max_len", "4"], "did you mean --data.max_length?"),
         (["--confg", "x.yaml"], "did you mean --config?"),
+        (["--model.dtype=float33"], "model.dtype: 'float33' is none of auto, float32,"),
+        (["--data.overlong=drops"], "is none of truncate, truncate-prompt, drop; did you mean dr"),
+        (["--model.quantization=nf44"], "model.quantization: 'nf44' is unknown; did you mean nf4?"),
+        (["--trainer.precision=bf16-mix"], "bf16-mixed, 32-true"),
+        (
+            ["--trainer.callbacks+=lit_adapters.GaLore"],
+            "trainer.callbacks: lit_adapters.GaLore: the following arguments are required: rank",
+        ),
     ],
 )
 def test_a_mistyped_flag_of_a_training_is_one_line(words, line, capsys):
@@ -241,6 +255,73 @@ def typed(*words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lit_adapters", *map(str, words)])
         main()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--init.initialiser=PiSSA", "did you mean lit_adapters.PiSSA?"),
+        ("--init.initialiser=MiLora", "did you mean lit_adapters.MiLoRA?"),
+        ("--model.adapter=DoRa", "did you mean DoRA"),
+    ],
+)
+def test_a_class_without_its_package_is_answered_with_its_whole_name(flag, line, capsys):
+    assert line in said(lambda: typed("fit", flag), capsys)
+
+
+NOT_NEGATIVE = {
+    "--model.learning_rate=-1": r"learning_rate must not be negative, got -1\.0",
+    "--model.warmup=-1": r"warmup must be 0 or more steps.*got -1\.0",
+    "--trainer.gradient_clip_val=-1": r"gradient_clip_val -1 would turn gradients around",
+    "--trainer.accumulate_grad_batches=0": "accumulate_grad_batches 0 is below 1",
+    "--samples.limit=-1": "limit -1 is below 0",
+    "--data.batch_size=0": "batch_size 0 is below 1",
+    "--data.streaming=true": "batch_size 0 is below 1",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("flag", NOT_NEGATIVE)
+def test_a_number_that_means_nothing_is_refused_before_a_step(flag, tmp_path):
+    more = ["--data.batch_size=0", "--data.val_size=1"] if "streaming" in flag else []
+    with pytest.raises(ValueError, match=NOT_NEGATIVE[flag]):
+        typed(
+            *("fit", "--config", ROOT / "configs" / "alpaca_lora.yaml", "--samples.limit=0"),
+            *(f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1"),
+            *("--data.train_limit=8", "--trainer.limit_val_batches=0", *more, flag),
+        )
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_a_checkpoint_that_is_none_is_said_before_anything_is_loaded(command, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    (tmp_path / "best.ckpt").touch()
+    for path, words in {
+        "nowhere.ckpt": r"nowhere\.ckpt is not there\. In .* there is best\.ckpt",
+        "": r"is a folder\. In .* there is best\.ckpt",
+        "adapter": r"adapter is an adapter folder, which generate.* there is best\.ckpt",
+        "no/where.ckpt": r"is not there.* no file that ends in \.ckpt",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            typed(command, f"--ckpt_path={tmp_path / path}")
+
+
+def test_settings_that_do_not_go_together_are_no_traceback(monkeypatch, capsys):
+    """Also those that Lightning, or a class that is no fit for another, refuses."""
+    for error in (TypeError("no fit"), ImportError("no torch_xla"), MisconfigurationException("0")):
+        monkeypatch.setattr("lit_adapters.__main__.main", Mock(side_effect=error))
+        with pytest.raises(SystemExit, match=f"^error: {error}\n"):
+            console()
+    for mistake in (AttributeError("ours"), ZeroDivisionError("ours")):
+        monkeypatch.setattr("lit_adapters.__main__.main", Mock(side_effect=mistake))
+        with pytest.raises(type(mistake)):
+            console()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

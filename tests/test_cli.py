@@ -268,6 +268,54 @@ def test_a_broken_line_of_a_prompt_file_is_named(adapter, tmp_path):
         run("generate", "--adapter", adapter, "--file", file)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nowhere.txt", None, "nowhere.txt cannot be read: .*No such file.*one instruction per l"),
+        ("latin.txt", b"caf\xe9", "latin.txt cannot be read: .*0xe9.*text in UTF-8"),
+        ("number.jsonl", b'{"instruction": 5}', "line 1: expected .*texts 'instruction'"),
+        ("deep.jsonl", b'{"instruction": "a", "input": ["b"]}', "line 1: expected .*'input'"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_read_is_named(name, content, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        run("generate", f"--file={tmp_path / name}", "--base=./nowhere")  # which is not looked at
+
+
+def test_a_prompt_file_may_begin_with_windows_mark(tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"instruction": "Say yes."}\n')
+    run("generate", f"--file={file}", "--max_new_tokens=2", "--json=true")
+    assert json.loads(capsys.readouterr().out)["instruction"] == "Say yes."
+
+
+def test_an_output_that_would_mix_a_model_with_an_adapter_is_refused(adapter, tmp_path):
+    """transformers applies an adapter that lies beside a model: here, to one that has it merged."""
+    (tmp_path / "file").touch()
+    (tmp_path / "config.json").touch()
+    before = sorted(file.name for file in adapter.iterdir())
+    for command, output, words in [
+        ("merge", adapter, "holds adapter_config.json.*choose another folder"),
+        ("export", tmp_path, "holds config.json.*choose another folder"),
+        ("merge", tmp_path / "file", "file' is no folder"),
+        ("export", tmp_path / "file", "file' is no folder"),
+        ("merge", "", "'' is no folder"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            run(command, f"--adapter={adapter}", f"--output={output}")
+    assert sorted(file.name for file in adapter.iterdir()) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "file"]
+
+
+def test_a_base_or_tokenizer_that_is_an_adapter_folder_is_told_so(adapter):
+    with pytest.raises(FileNotFoundError, match="without config.json; it is an adapter folder"):
+        run("generate", f"--base={adapter}", "--prompt=a")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer .*name a folder or hub id"):
+        run("generate", f"--tokenizer={adapter}", "--prompt=a")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merge_writes_a_stock_model_of_the_same_answers(adapter, tmp_path, dtype):
     run("merge", "--adapter", adapter, "--output", tmp_path / "merged", f"--dtype={dtype}")

@@ -343,6 +343,8 @@ def test_the_table_is_printed_from_outside(config_only):
     [
         (["estimate"], "nothing says which model is meant.*--config"),
         (["estimate", "--model.base=./nowhere"], "'./nowhere' is not a folder"),
+        (["estimate", "--model.base=tiny", "--data.max_length=0"], "max_length 0 is below 1"),
+        (["estimate", "--model.base=tiny", "--data.batch_size=0"], "batch_size 0 is below 1"),
         (["estimate", "--model.base=nobody/nothing"], "'nobody/nothing' could not be loaded"),
         (["estimate", "--model.base=tiny", "--memory=lots"], "memory 'lots' is no size"),
     ],

@@ -64,6 +64,8 @@ class SampleGenerations(Callback):
         metrics: list[TextMetric] | None = None,
         scores_file: str | None = None,
     ) -> None:
+        if limit < 0:
+            raise ValueError(f"limit {limit} is below 0; give a number of prompts, or 0 for none")
         self.show = show
         self.limit = limit
         self.max_new_tokens = max_new_tokens

@@ -44,6 +44,11 @@ class Training:
     initialiser: Initialiser | None = None
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; give at least 1")
+
     def with_module(self, **changes: Any) -> "Training":
         """Return the same with other settings of the module."""
         return replace(self, module=like(self.module, **changes))

@@ -31,7 +31,13 @@ def set_options(
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give the first group this learning rate, and the others theirs in proportion."""
+    """Give the first group this learning rate, and the others theirs in proportion.
+
+    Raises:
+        ValueError: if it is negative, which optimizers check only when they are built.
+    """
+    if not rate >= 0:
+        raise ValueError(f"learning_rate must not be negative, got {rate}")
     first = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
         group["lr"] = rate * (group["lr"] / first) if first else rate

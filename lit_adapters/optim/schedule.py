@@ -19,8 +19,11 @@ def warmup_then(decay: Decay, optimizer: Optimizer, total: float, warmup: float)
         warmup: Optimizer steps of warm-up if 1 or more, else their share of ``total``.
 
     Raises:
-        ValueError: if the shape depends on ``total`` and that is infinite.
+        ValueError: if ``warmup`` is negative, or the shape depends on ``total`` and that is
+            infinite.
     """
+    if not warmup >= 0:
+        raise ValueError(f"warmup must be 0 or more steps, or a share below 1, got {warmup}")
     if total == float("inf") and (decay != "constant" or 0 < warmup < 1):
         raise ValueError(
             f"lr_scheduler={decay!r} with warmup={warmup} needs to know the last step, and this "
