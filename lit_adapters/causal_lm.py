@@ -47,6 +47,8 @@ class CausalLMModule(LightningModule):
 
     def __init__(self, loss: LossKind, max_new_tokens: int) -> None:
         super().__init__()
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens} is below 1, and leaves no answer")
         self.model_loss = ModelLoss(loss)
         self.max_new_tokens = max_new_tokens
         self.evaluated = EvaluationSums()

@@ -276,6 +276,7 @@ NOT_NEGATIVE = {
     "--trainer.gradient_clip_val=-1": r"gradient_clip_val -1 would turn gradients around",
     "--trainer.accumulate_grad_batches=0": "accumulate_grad_batches 0 is below 1",
     "--samples.limit=-1": "limit -1 is below 0",
+    "--model.max_new_tokens=0": "max_new_tokens 0 is below 1",
     "--data.batch_size=0": "batch_size 0 is below 1",
     "--data.streaming=true": "batch_size 0 is below 1",
 }

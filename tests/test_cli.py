@@ -171,6 +171,14 @@ def test_predictions_are_written_in_order_with_prompt_and_reference(fitted, tmp_
     assert [row["reference"] for row in rows] == [r["output"] for r in records[:16]]
 
 
+def test_a_folder_in_the_place_of_the_predictions_is_refused_before_any_is_made(tmp_path, capsys):
+    with pytest.raises(ValueError, match="a folder; name a file in it"):
+        run("predict", "--config", CONFIG, "--model.max_new_tokens=1",
+            "--trainer.limit_predict_batches=1", f"--predictions.path={tmp_path}")  # fmt: skip
+    assert "predictions written" not in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_metrics_are_named_once_for_every_command(fitted, tmp_path, capsys):
     common = (
         "--config", CONFIG, f"--ckpt_path={fitted / 'best.ckpt'}", "--metrics+=NumericAnswer",

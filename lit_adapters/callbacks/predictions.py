@@ -51,6 +51,10 @@ class PredictionWriter(Callback):
             )
         key = _key(trainer, pl_module, loader)
         file = Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
+        if file.is_dir():
+            raise ValueError(
+                f"predictions cannot be written to {file}, a folder; name a file in it"
+            )
         self.parts = PredictionParts(file, key)
         found: list[int] = []
         if trainer.is_global_zero:
