@@ -174,6 +174,7 @@ class AdapterCLI(LightningCLI):
         path = find_checkpoint(given) if given else None
         if path is None:
             return
+        self.config[name]["ckpt_path"] = str(path)
         checkpoint = read_checkpoint(path)
         saved = trusted_settings(checkpoint.get("hyper_parameters", {}))
         model = self.parser.parse_args(self._arguments, defaults=False)[name].get("model")
@@ -193,7 +194,7 @@ def find_checkpoint(given: str) -> Path | None:
     Raises:
         ValueError: if there is no such file.
     """
-    path = Path(given)
+    path = Path(given).expanduser()  # shells leave the ~ of --ckpt_path=~/last.ckpt
     if path.is_file():
         return path
     if given in FOUND_BY_LIGHTNING or "://" in given or (path / ".metadata").exists():

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_adapters import LoRA, attach
 from lit_adapters.__main__ import console, main
+from lit_adapters.cli import find_checkpoint
 from lit_adapters.datamodule import InstructionDataModule
 from lit_adapters.module import AdapterFineTuneModule
 from lit_adapters.suggestions import ClearErrors, clearer
@@ -311,6 +312,13 @@ def test_a_checkpoint_that_is_none_is_said_before_anything_is_loaded(command, tm
     }.items():
         with pytest.raises(ValueError, match=words):
             typed(command, f"--ckpt_path={tmp_path / path}")
+
+
+def test_a_checkpoint_may_be_named_as_shells_leave_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "last.ckpt").touch()
+    assert find_checkpoint("~/last.ckpt") == tmp_path / "last.ckpt"
+    assert [find_checkpoint(word) for word in ("last", "best", "s3://bucket/a.ckpt")] == [None] * 3
 
 
 def test_settings_that_do_not_go_together_are_no_traceback(monkeypatch, capsys):
