@@ -162,6 +162,23 @@ def test_inactive_adapters_are_left_out(monkeypatch):
     assert widths[0] == [4, 4]
 
 
+def test_a_member_that_is_not_called_gets_no_gradient_and_the_others_theirs():
+    model = share(adapted(METHODS["lora"]))
+    alone = copy.deepcopy(model)
+    for *_, adapter in adapted_layers(alone):
+        adapter.shared_input = None
+    x = input_of(model)
+    given = {}
+    for one in (model, alone):
+        sum(called(one, name, x).square().sum() for name in ("q_proj", "v_proj")).backward()
+        given[one] = {name: p.grad for name, p in one.named_parameters() if p.requires_grad}
+    assert sum(gradient is not None for gradient in given[alone].values()) == 4
+    for name, gradient in given[alone].items():
+        assert (gradient is None) == (given[model][name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(given[model][name], gradient)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_shares_among_its_own(again, monkeypatch):
     model = share(adapted(METHODS["lora"]))

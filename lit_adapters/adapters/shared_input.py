@@ -35,7 +35,6 @@ class SharedInput:
 
     Members that turn out to be called with another tensor, or later than their factor has changed,
     get nothing and compute for themselves: sharing saves time and does not change what is computed.
-    A member that is left out of a pass gets a gradient of zeros, though, where it would get none.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:

@@ -32,41 +32,68 @@ def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
 
 def thin_products(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return `thin_product` with each of several factors, computed as one product."""
-    products: Tensor = _ThinProduct.apply(x, None, 1.0, *factors)
-    return products.split([len(A) for A in factors], -1)
+    products: tuple[Tensor, ...] = _ThinProducts.apply(x, *factors)
+    return products
 
 
 class _ThinProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, keep: Tensor | None, growth: float, *factors: Tensor) -> Tensor:
-        A = _stacked(factors)
+    def forward(x: Tensor, keep: Tensor | None, growth: float, A: Tensor) -> Tensor:
         product = F.linear(kept(x, keep).to(A.dtype), A)  # autocast may have a dtype of its own
         return product if keep is None else product * growth  # the thinnest place for it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, keep, ctx.growth, *factors = inputs
-        ctx.save_for_backward(x, keep, *factors)
+        x, keep, ctx.growth, A = inputs
+        ctx.save_for_backward(x, keep, A)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, *factors = ctx.saved_tensors
-        A = _stacked(factors)
-        to_x, to_factors = None, [None] * len(factors)
+        x, keep, A = ctx.saved_tensors
         if keep is not None:
             slope = slope * ctx.growth
-        if ctx.needs_input_grad[0]:
-            to_x = slope @ A.to(slope.dtype)
-            to_x = kept(to_x, keep).to(x.dtype)
-        if any(ctx.needs_input_grad[3:]):
-            rows = kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
-            to_A = (slope.reshape(-1, len(A)).T @ rows).to(A.dtype)
-            to_factors = list(to_A.split([len(factor) for factor in factors]))
-        return to_x, None, None, *to_factors
+        to_x = _to_input(slope, A, x, keep) if ctx.needs_input_grad[0] else None
+        to_A = _to_factor(slope, A, x, keep) if ctx.needs_input_grad[3] else None
+        return to_x, None, None, to_A
 
 
-def _stacked(factors: Sequence[Tensor]) -> Tensor:
-    """One matrix of all rows; not saved, for it would be a copy."""
-    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
+class _ThinProducts(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        A = torch.cat(factors)
+        return F.linear(x.to(A.dtype), A).split([len(factor) for factor in factors], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # a product that nobody used gives its factor no gradient
+        ctx.save_for_backward(*inputs)  # and not what `cat` makes, which would be a copy
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        used = {i: slope for i, slope in enumerate(slopes) if slope is not None}
+        to_factors: list[Tensor | None] = [None] * len(factors)
+        if not used:
+            return None, *to_factors
+        slope, A = torch.cat(list(used.values()), -1), torch.cat([factors[i] for i in used])
+        to_x = _to_input(slope, A, x) if ctx.needs_input_grad[0] else None
+        if any(ctx.needs_input_grad[1:]):
+            parts = _to_factor(slope, A, x).split([len(factors[i]) for i in used])
+            for i, part in zip(used, parts, strict=True):
+                to_factors[i] = part
+        return to_x, *to_factors
+
+
+def _to_input(slope: Tensor, A: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The gradient of what went in, from that of the product."""
+    return kept(slope @ A.to(slope.dtype), keep).to(x.dtype)
+
+
+def _to_factor(slope: Tensor, A: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The gradient of ``A``, from that of the product."""
+    rows = kept(x, keep).to(slope.dtype).reshape(-1, x.shape[-1])
+    return (slope.reshape(-1, len(A)).T @ rows).to(A.dtype)
