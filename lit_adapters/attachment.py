@@ -18,7 +18,6 @@ from lit_adapters.adapters import (
     own_modules,
 )
 from lit_adapters.initialisers import named_generator
-from lit_adapters.spread import plain_name
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import settle
 
@@ -194,10 +193,10 @@ def bypassed(model: nn.Module) -> Iterator[None]:
 
 def adapted_layers(model: nn.Module, slot: str | None = None) -> Iterator[Adapted]:
     """Yield every adapter of ``model`` and its layer, in model order, or only those of a slot."""
-    for name, layer in model.named_modules():
+    for name, layer in {"": model, **own_modules(model)}.items():
         for adapter in adapters_of(layer):
             if slot in (None, adapter.slot):
-                yield Adapted(plain_name(name), layer, adapter)
+                yield Adapted(name, layer, adapter)
 
 
 def detach(model: Model) -> Model:

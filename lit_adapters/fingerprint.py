@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_adapters.adapters import Adapted, Adapter
+from lit_adapters.adapters import Adapted, own_modules
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.optim import SHADOW
 from lit_adapters.spread import kind_of
@@ -48,8 +48,7 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
     moving = {id(p) for _, layer, adapter in held for p in adapter.trained(layer)}
     grown = [(layer, a.grown_from) for _, layer, a in held if a.grown_from is not None]
     sizes = {id(p): rows for layer, rows in grown for p in layer.parameters(recurse=False)}
-    modules = dict(model.named_modules())
-    adapters = {id(p) for m in modules.values() if isinstance(m, Adapter) for p in m.parameters()}
+    modules = {"": model, **own_modules(model)}
     owners = {
         id(m._parameters["weight"]): m for m in modules.values()
         if "weight" in m._parameters and has_matrix(m) and not is_lookup(m)
@@ -60,8 +59,7 @@ def fingerprint(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> s
         if matrix is not None:
             rows, columns = matrix_shape(matrix)
             rest.update(name, (sizes.get(id(parameter)) or rows, columns))
-        passing = id(parameter) in adapters or name.rpartition(".")[2] == SHADOW
-        if passing or not parameter.is_floating_point():
+        if name.rpartition(".")[2] == SHADOW or not parameter.is_floating_point():
             continue
         own = parameter.detach()
         if id(parameter) in sizes:

@@ -188,14 +188,17 @@ def bias_of(layer: nn.Module) -> Tensor | None:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module below ``model`` by name, adapters and what is inside them left out."""
-    found, inside = {}, None
-    for name, module in model.named_modules():  # what is inside a module follows it
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, Adapter):
-            inside = f"{name}."
-        elif name:
-            found[plain_name(name)] = module
+    found: dict[str, nn.Module] = {}
+    seen = {model}
+
+    def visit(parent: nn.Module, prefix: str) -> None:  # `named_modules` takes twice as long
+        for key, child in parent._modules.items():
+            if child is not None and child not in seen and not isinstance(child, Adapter):
+                seen.add(child)
+                found[plain_name(prefix + key)] = child
+                visit(child, f"{prefix}{key}.")
+
+    visit(model, "")
     return found
 
 
