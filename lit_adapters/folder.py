@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -83,6 +83,23 @@ def _differs(new: Path, old: Path) -> bool:
     """Whether ``new`` has to take the place of ``old``; weights always do."""
     is_file = old.is_file() and not old.is_symlink()
     return new.name == WEIGHTS or not is_file or new.read_bytes() != old.read_bytes()
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous tensors on the CPU as safetensors; its `save_file` takes four times as long.
+
+    That finds the address of each through NumPy, and that none shares memory with another.
+    """
+    specs = {
+        key: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tensor.shape,
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for key, tensor in tensors.items()
+    }
+    serialize_file(specs, file, metadata={"format": "pt"})
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

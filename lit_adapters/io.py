@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from lit_adapters.folder import (
     all_or_nothing,
     read_json,
     read_tensors,
+    write_tensors,
 )
 from lit_adapters.model_card import adapter_card
 from lit_adapters.peft_config import spec_from_peft
@@ -70,7 +70,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     tensors = {key: tensor.to("cpu").contiguous() for key, tensor in packed.items()}
     folder = Path(path)
     with all_or_nothing(folder) as part:
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(part / WEIGHTS, tensors)
         extra[DIGEST] = _sha256(part / WEIGHTS)
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / EXTRA).write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
