@@ -127,7 +127,8 @@ class LoRA(WithCompanions):
             )
         # A file may hold more rank than its layer has use for: PEFT writes such.
         adapter = (self.of_half_rank() if origin else self)._made(layer, name)
-        adapter.pin(origin == ORIGIN_NOTE)
+        if origin == ORIGIN_NOTE:
+            adapter.pin()
         if origin == TAKEN_NOTE:
             adapter.take()
             how = stated.get("quantised_as")

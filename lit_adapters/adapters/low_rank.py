@@ -40,6 +40,9 @@ class LoRAAdapter(KeepsTaken):
     The branch is computed in fp32 (or in autocast's dtype) and cast to the layer's output dtype.
     """
 
+    rank: int
+    dropout: float
+    groups: int
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_A0: nn.Parameter | None
@@ -50,15 +53,12 @@ class LoRAAdapter(KeepsTaken):
         self, spec: AdapterSpec, rank: int, scale: float, dropout: float, layer: nn.Module
     ) -> None:
         super().__init__()
-        self.spec = spec
-        self.rank = rank
-        self.scale = scale
-        self.dropout = dropout
-        self.groups = group_count(layer)
-        out_features, in_features = matrix_shape(layer)
+        groups, (out_features, in_features) = group_count(layer), matrix_shape(layer)
+        # As attributes and by `register_parameter`, building takes twice as long.
+        vars(self).update(spec=spec, rank=rank, scale=scale, dropout=dropout, groups=groups)
         empty = partial(torch.empty, device="meta", dtype=torch.float32)
-        self._parameters.update(  # by `register_parameter`, building takes half as long again
-            lora_A=nn.Parameter(empty(self.groups * rank, in_features)),
+        self._parameters.update(
+            lora_A=nn.Parameter(empty(groups * rank, in_features)),
             lora_B=nn.Parameter(empty(out_features, rank)),
             lora_A0=None,
             lora_B0=None,
@@ -244,7 +244,7 @@ class LoRAAdapter(KeepsTaken):
             rank *= 2
         shape_A, shape_B = factor_shapes(layer, rank)
         key_A, key_B = _file_keys(layer)
-        return {key_A: A.view(shape_A), key_B: B.view(shape_B)}
+        return {key_A: _viewed(A, shape_A), key_B: _viewed(B, shape_B)}
 
     @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -297,6 +297,11 @@ def block_product(A: Tensor, B: Tensor, groups: int) -> Tensor:
     """
     blocks = B.unflatten(0, (groups, -1)) @ A.unflatten(0, (groups, -1))
     return blocks.flatten(0, 1)
+
+
+def _viewed(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor in another shape; itself where it has that one, as beside linear layers."""
+    return tensor if tensor.shape == shape else tensor.view(shape)
 
 
 def _file_keys(layer: nn.Module) -> tuple[str, str]:
