@@ -1,6 +1,6 @@
 """Put adapters on a model and take them off; hooks on the layers do the work."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -132,9 +132,11 @@ def materialise(adapter: Adapter, layer: nn.Module) -> Adapter:
 @torch.inference_mode(False)
 def mount(model: nn.Module, adapted: Iterable[Adapted]) -> None:
     """Freeze ``model`` and put finished adapters on their layers."""
-    model.requires_grad_(False)
     for module in model.modules():
         settle(module)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
     for _, layer, adapter in adapted:
         adapter.claim(layer, model)
         if not any(adapters_of(layer)):
@@ -300,15 +302,13 @@ def owners_of(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def check_layers(model: nn.Module, adapted: Iterable[Adapted]) -> None:
+def check_layers(model: nn.Module, adapted: Sequence[Adapted]) -> None:
     """Check that adapters can be put on their layers.
 
     Raises:
         ValueError: if a layer has another child of the slot's name, or a weight to be trained is
             tied to a module left out, which would change as well.
     """
-    owners = owners_of(model)
-    names = {name for name, *_ in adapted}
     for name, layer, adapter in adapted:
         child = layer._modules.get(adapter.slot)
         if child is not None and not isinstance(child, Adapter):
@@ -316,10 +316,12 @@ def check_layers(model: nn.Module, adapted: Iterable[Adapted]) -> None:
                 f"{name!r} has a child called {adapter.slot!r} of its own "
                 f"({type(child).__name__}); leave the layer out with `exclude`"
             )
-        for parameter in adapter.trained(layer):
-            others = [n for n in owners[id(parameter)] if n not in names]
-            if others:
-                raise ValueError(
-                    f"a weight of {name!r} is tied to {others[0]!r}, which is not to be trained; "
-                    "leave out both with `exclude`, or train both"
-                )
+    trained = [(name, p) for name, layer, adapter in adapted for p in adapter.trained(layer)]
+    owners, names = owners_of(model) if trained else {}, {name for name, *_ in adapted}
+    for name, parameter in trained:
+        others = [n for n in owners[id(parameter)] if n not in names]
+        if others:
+            raise ValueError(
+                f"a weight of {name!r} is tied to {others[0]!r}, which is not to be trained; "
+                "leave out both with `exclude`, or train both"
+            )

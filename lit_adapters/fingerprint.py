@@ -17,6 +17,7 @@ from lit_adapters.weights import has_matrix, is_lookup, is_plain, matrix_shape
 
 PACKED = "packed"  # in place of digests of weights that are not there
 SAMPLES = 16  # values per tensor: enough to tell models apart, cheap for billions of weights
+NOTHING = torch.empty(0)  # in place of the values of matrices
 REMEMBERED = "whole_fingerprint"  # attribute of a model that is about to be sharded
 
 
@@ -94,7 +95,7 @@ class Digests:
     def update(self, name: str, shape: Sequence[int], sample: torch.Tensor | None = None) -> None:
         """Add one tensor; ``sample`` are some of its values."""
         self.heads.append(f"{name}{tuple(shape)}".encode())
-        self.samples.append(torch.empty(0) if sample is None else sample)
+        self.samples.append(NOTHING if sample is None else sample)
 
     def texts(self) -> list[str]:
         """Return both, in hexadecimal."""

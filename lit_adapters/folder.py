@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
@@ -24,6 +24,8 @@ DTYPES = {"F32", "BF16", "F16"}
 MAX_JSON_BYTES = 2_000_000  # a pattern for each of 20,000 experts
 MAX_HEADER_BYTES = 10_000_000  # the same in safetensors; its library would allow ten times as much
 MAX_NOTE = 1000  # characters
+
+Backend = Literal["mmap", "pread"]  # how safetensors reads a file
 
 # Fields of ``lit_adapters.json`` that are looked at, all of them texts, or null.
 NOTES = (
@@ -164,12 +166,16 @@ def _check_notes(file: Path, notes: Mapping[str, Any]) -> None:
 
 
 def read_tensors(
-    folder: Path, expected: Mapping[str, Tensor], optional: Callable[[], Mapping[str, Tensor]]
+    folder: Path,
+    expected: Mapping[str, Tensor],
+    optional: Callable[[], Mapping[str, Tensor]],
+    backend: Backend,
 ) -> dict[str, Tensor]:
     """Return exactly the tensors named in ``expected``, and those of ``optional`` that are there.
 
     The header, both keys and shapes, is compared before any tensor is read. ``optional`` is asked
-    only where the file holds more than is expected.
+    only where the file holds more than is expected. Tensors of the ``backend`` "mmap" are views of
+    the file, to be copied; those of "pread" have memory of their own, to be kept.
 
     Raises:
         ValueError: if a tensor is missing, unexpected, of another shape or not of a floating
@@ -178,7 +184,7 @@ def read_tensors(
     file = file_inside(folder, WEIGHTS)
     try:
         header = _read_header(file)
-        with safe_open(file, framework="pt") as reader:  # which checks it
+        with safe_open(file, framework="pt", backend=backend) as reader:  # which checks it
             found = header.keys() - {"__metadata__"}
             more = {} if found <= expected.keys() else optional()
             known = {**more, **expected}

@@ -23,6 +23,7 @@ from lit_adapters.folder import (
     CONFIG,
     EXTRA,
     WEIGHTS,
+    Backend,
     all_or_nothing,
     read_json,
     read_tensors,
@@ -163,14 +164,15 @@ def load_adapter(
         if held:
             _check_same(held, fresh, folder)
         with _hinting(fresh, config):
-            tensors = _read(model, spec, adapted, folder)
+            copied = any(one.adapter.needs_memory for one in adapted)
+            tensors = _read(model, spec, adapted, folder, "mmap" if copied else "pread")
         _check_digest(folder, notes)
         if any(with_taken(adapted)):
             _check_rewritable(held, folder)
             weights = weights or DenseWeights(model)
             with _naming(folder):
                 check_taken_from(model, adapted, weights)
-        for one in fresh if not held else ():
+        for one in fresh if copied and not held else ():
             materialise(one.adapter, one.layer)
         spec.unpack(model, adapted, tensors)
         rewrite(adapted, cast(Matrices, weights))
@@ -180,7 +182,8 @@ def load_adapter(
                 adapter.start_name = starts[name, adapter.slot]
         else:
             mount(model, fresh)
-        set_prompting(model, prompting)
+        if held or prompting is not None:
+            set_prompting(model, prompting)
     return [one.name for one in fresh if one.adapter.slot == METHOD]
 
 
@@ -215,7 +218,7 @@ def _check_digest(folder: Path, notes: Mapping[str, Any]) -> None:
 
 
 def _read(
-    model: nn.Module, spec: AdapterSpec, adapted: list[Adapted], folder: Path
+    model: nn.Module, spec: AdapterSpec, adapted: list[Adapted], folder: Path, backend: Backend
 ) -> dict[str, Tensor]:
     """Return the tensors of the file, all checked; PEFT's copies of frozen weights among them."""
     with _naming(folder / CONFIG):
@@ -227,7 +230,7 @@ def _read(
         never_read = [adapter.never_read(layer, name) for name, layer, adapter in adapted]
         return {key: tensor for part in (*never_read, copies) for key, tensor in part.items()}
 
-    tensors = read_tensors(folder, expected, optional)
+    tensors = read_tensors(folder, expected, optional, backend)
     for key in (copies.keys() - expected.keys()) & tensors.keys():
         _check_copy(folder / WEIGHTS, key, tensors[key], copies[key].detach())
     return tensors

@@ -13,7 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lit_adapters import LoRA, attach, detach, load_adapter, merge, save_adapter
+from lit_adapters import (
+    DoRA,
+    FullFineTuning,
+    LoRA,
+    attach,
+    detach,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from lit_adapters.attachment import adapted_layers
 from tests.models import BUILDERS, gpt2, llama, llama_tied, logits, shake, snapshot, trainable
 
 CONFIG, WEIGHTS, EXTRA, CARD = (
@@ -132,6 +142,25 @@ def test_saving_the_same_adapter_twice_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.parametrize("case", ["fp32", "bf16", "transposed", "counter"])
+def test_weights_are_written_byte_by_byte_as_safetensors_writes_them(case, tmp_path):
+    kinds = {
+        "fp32": (LoRA(rank=4), llama),
+        "bf16": (FullFineTuning(), lambda: llama().bfloat16()),
+        "transposed": (LoRA(rank=4, targets=["wte", "c_attn"], bias="adapter"), gpt2),
+        "counter": (LoRA(rank=4, targets=["0"], modules_to_save=["1"]), normed),
+    }
+    save_adapter(trained(*kinds[case]), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def normed():
+    """It counts batches in int64, in a tensor without dimensions."""
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
+
+
 def test_saving_a_bare_model_is_refused(tmp_path):
     for model in (llama(), detach(trained()), merge(trained())):
         with pytest.raises(ValueError, match="no adapter"):
@@ -191,6 +220,33 @@ def test_an_adapter_comes_back_to_the_bit(case, held, tmp_path):
     third = build()
     load_adapter(third, again)
     assert torch.equal(logits(third), logits(source))
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("spec", [SPEC, DoRA(rank=4), LoRA(rank=4, modules_to_save=["lm_head"])])
+def test_what_was_loaded_has_memory_of_its_own(spec, held, tmp_path):
+    save_adapter(trained(spec), tmp_path)
+    model = trained(spec, seed=5) if held else llama()
+    load_adapter(model, tmp_path)
+    loaded = trainable(model)
+    with (tmp_path / WEIGHTS).open("r+b") as file:  # in place, as other libraries save
+        file.write(bytes((tmp_path / WEIGHTS).stat().st_size))
+    assert all(torch.equal(value, loaded[name]) for name, value in trainable(model).items())
+    for name in loaded:
+        parameter = model.get_parameter(name)
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+
+
+def test_a_pinned_origin_shares_no_memory_with_the_factors(tmp_path):
+    source = trained()
+    for adapter in (one.adapter for one in adapted_layers(source)):
+        adapter.pin()
+    save_adapter(shake(source, seed=3), tmp_path)
+    model = llama()
+    load_adapter(model, tmp_path)
+    own = [p for *_, adapter in adapted_layers(model) for p in adapter.parameters()]
+    assert len(own) == 4 * 4
+    assert len({p.untyped_storage().data_ptr() for p in own}) == len(own)
 
 
 def test_a_loaded_adapter_follows_the_layers_mode_and_drops_in_training(tmp_path):

@@ -124,6 +124,23 @@ class Adapter(nn.Module, ABC):
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` returned elsewhere; keys and shapes have been checked."""
 
+    @property
+    def needs_memory(self) -> bool:
+        """Whether `load` copies into parameters, rather than let them be what it is given."""
+        return True
+
+    def take_over(self, layer: nn.Module, **values: Tensor) -> None:
+        """Give parameters these values; those without memory become the tensors themselves."""
+        device = next(layer.parameters()).device
+        for name, value in values.items():
+            old: nn.Parameter = getattr(self, name)
+            if old.is_meta:
+                self._parameters[name] = nn.Parameter(
+                    value.to(device, old.dtype), old.requires_grad
+                )
+            else:
+                old.copy_(value)
+
     def frozen_copies(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return frozen weights that a file may hold as well, by key; loading only compares them.
 

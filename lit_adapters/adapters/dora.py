@@ -185,7 +185,7 @@ class DoRAAdapter(LoRAAdapter):
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over factors and magnitude."""
         super().load(layer, tensors)
-        self.magnitude.copy_(tensors[MAGNITUDE].flatten())
+        self.take_over(layer, magnitude=tensors[MAGNITUDE].flatten())
         self.squares(layer)  # now, and not within a compiled graph
 
 

@@ -135,7 +135,8 @@ class LoRA(WithCompanions):
             adapter.rounding = how if isinstance(how, Mapping) else {}
             adapter.taken_from = str(stated.get("taken_from"))
         start = stated.get("initialiser")
-        adapter.start_name = start if isinstance(start, str) else None
+        if isinstance(start, str):
+            adapter.start_name = start
         return adapter
 
     def filed(self, adapters: Sequence[Adapter]) -> "LoRA":

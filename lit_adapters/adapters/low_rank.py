@@ -258,8 +258,12 @@ class LoRAAdapter(KeepsTaken):
             A = halves[:, 0].reshape(self.lora_A.shape)
             second.B.copy_(-B[:, self.rank :])
             B = B[:, : self.rank]
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
+        self.take_over(layer, lora_A=A, lora_B=B)
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether a file holds more than the parameters, or these have memory already."""
+        return not self.lora_A.is_meta or self._second_half() is not None
 
     def frozen_copies(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return the weight that the factors act beside."""
