@@ -2,12 +2,12 @@
 
     python benchmarks/checkpoint.py [--hidden 512 --layers 8 --rounds 7 --methods LoRA DoRA --json]
 
-A random Llama, all linear layers, one thread, shuffled turns; copies of the base are made outside
-the clock. Our folders carry a fingerprint of the base and a digest of the weights, and loading
-checks both; ours are written beside their place, put on the disk (fsync) and moved; PEFT's have
-none of that. A weight moves between saves, as in training. The folder that ours writes is loaded
-by PEFT, and PEFT's by us, and the logits are compared. "process" is the CPU's time, "wall" has the
-disk in it.
+A random Llama, all linear layers, one thread, shuffled turns; copies of the base are made and
+freed outside the clock. Our folders carry a fingerprint of the base and a digest of the weights,
+and loading checks both; ours are written beside their place, put on the disk (fsync) and moved;
+PEFT's have none of that. A weight moves between saves, as in training. The folder that ours writes
+is loaded by PEFT, and PEFT's by us, and the logits are compared. "process" is the CPU's time,
+"wall" has the disk in it.
 """
 
 import argparse
@@ -118,10 +118,13 @@ class Work(NamedTuple):
     def raced(self, fresh: list[nn.Module], rounds: int) -> dict[str, Times]:
         """Run both sides, and ours once more, in shuffled turns."""
         models = {"ours": self.mine, "again": self.mine, "peft": self.other}
+
+        def renew(model: nn.Module) -> None:
+            fresh.clear()  # of the turn before
+            fresh.append(copy.deepcopy(model))
+
         prepare = {
-            name: lambda model=model: fresh.append(copy.deepcopy(model))
-            for name, model in models.items()
-            if model is not None
+            name: partial(renew, model) for name, model in models.items() if model is not None
         }
         sides = {"ours": self.ours, "again": self.ours, "peft": self.peft}
         return race(sides, rounds, prepare=prepare, warm_ups=1)
@@ -148,18 +151,16 @@ def measure(method: str, options: argparse.Namespace, folder: Path) -> Measured:
     fresh: list[Any] = []
     works = {
         "attach": Work(
-            lambda: attached(fresh.pop(), spec), lambda: with_peft(fresh.pop(), config), bare, bare
+            lambda: attached(fresh[0], spec), lambda: with_peft(fresh[0], config), bare, bare
         ),
         "save": Work(saving(save_ours, one), saving(save_theirs, another)),
         "load": Work(
-            lambda: loaded(fresh.pop(), mine),
-            lambda: peft.PeftModel.from_pretrained(fresh.pop(), str(other)),
+            lambda: loaded(fresh[0], mine),
+            lambda: peft.PeftModel.from_pretrained(fresh[0], str(other)),
             bare,
             bare,
         ),
-        "merge": Work(
-            lambda: merge(fresh.pop()), lambda: fresh.pop().merge_and_unload(), ours, theirs
-        ),
+        "merge": Work(lambda: merge(fresh[0]), lambda: fresh[0].merge_and_unload(), ours, theirs),
     }
     seconds = {name: work.raced(fresh, options.rounds) for name, work in works.items()}
     rows = [row_of(f"{method}: {name}", times) for name, times in seconds.items()]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Generator, Tensor, nn
 
 from lit_adapters.adapters.fields import shown
@@ -122,7 +123,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` returned elsewhere; keys and shapes have been checked."""
+        """Take over what `tensors` returned elsewhere; keys and shapes have been checked.
+
+        It is called without gradients.
+        """
 
     @property
     def needs_memory(self) -> bool:
@@ -345,6 +349,7 @@ class AdapterSpec(Part):
             for key, tensor in adapter.tensors(layer).items()
         }
 
+    @torch.no_grad()
     def unpack(
         self, model: nn.Module, adapted: Sequence[Adapted], tensors: Mapping[str, Tensor]
     ) -> None:

@@ -181,7 +181,6 @@ class DoRAAdapter(LoRAAdapter):
             magnitude = magnitude[None]
         return {**super().tensors(layer), MAGNITUDE: magnitude}
 
-    @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over factors and magnitude."""
         super().load(layer, tensors)

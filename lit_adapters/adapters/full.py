@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Generator, Tensor, nn
 
 from lit_adapters.adapters.base import PREFIX, Adapted, Adapter, AdapterSpec, Part, own_modules
@@ -126,7 +125,6 @@ class TrainedLayer(Adapter):
         named = layer.named_parameters(recurse=False)
         return {name: parameter for name, parameter in named if name != SHADOW}
 
-    @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Copy into the layer's own parameters; a tied one is in the file once."""
         for key, value in tensors.items():

@@ -181,7 +181,6 @@ class LLaMAAdapterLayer(Adapter):
         """Return prompts (1, K, hidden) and gate under PEFT's names."""
         return {"adaption_prompt": self.prompts.unsqueeze(0), "adaption_gate": self.gate}
 
-    @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over prompts and gate."""
         self.prompts.copy_(tensors["adaption_prompt"][0])

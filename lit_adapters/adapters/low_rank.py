@@ -246,11 +246,9 @@ class LoRAAdapter(KeepsTaken):
         key_A, key_B = _file_keys(layer)
         return {key_A: _viewed(A, shape_A), key_B: _viewed(B, shape_B)}
 
-    @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over the factors and, where pinned, the origin."""
-        A, B = (tensors[key] for key in _file_keys(layer))
-        A, B = A.reshape(-1, self.lora_A.shape[1]), B.reshape(len(self.lora_B), -1)
+        A, B = (tensors[key].flatten(1) for key in _file_keys(layer))
         second = self._second_half()
         if second is not None:
             halves = A.view(self.groups, 2, self.rank, -1)

@@ -262,7 +262,6 @@ class NewRows(Adapter):
         """Return the rows in PEFT's layout, in the order of the ids."""
         return {} if self.rows is None else {KEY: self.rows}
 
-    @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over the rows."""
         self._know_ids()

@@ -268,7 +268,6 @@ class TrainedCopy(Adapter):
             if "bias" in key and not self.prefix
         }
 
-    @torch.no_grad()
     def load(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take over all values."""
         for name, ours in self._values().items():
