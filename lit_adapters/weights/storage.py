@@ -230,7 +230,7 @@ def has_matrix(layer: nn.Module) -> bool:
     is_known = matrix_shape.dispatch(type(layer)) is not matrix_shape.dispatch(object)
     is_called = not isinstance(layer, NonDynamicallyQuantizableLinear)
     # Weights that are computed at each call (weight_norm), and tables that calls write to.
-    is_plain = "weight" in layer._parameters and getattr(layer, "max_norm", None) is None
+    is_plain = "weight" in layer._parameters and vars(layer).get("max_norm") is None
     return is_known and is_called and is_plain
 
 
