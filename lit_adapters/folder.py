@@ -88,7 +88,7 @@ def _differs(new: Path, old: Path) -> bool:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous tensors on the CPU as safetensors; its `save_file` takes three times as long.
+    """Write contiguous tensors on the CPU as safetensors; its `save_file` takes thrice as long.
 
     That finds the address of each through NumPy, and that none shares memory with another.
     """
