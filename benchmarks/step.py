@@ -1,7 +1,7 @@
 """One training step of every method, beside PEFT's and beside the frozen base, which is the bound.
 
     python benchmarks/step.py [--hidden 512 --layers 4 --rounds 5 --dtypes float32 bfloat16
-                               --recompute off on --only LoRA DoRA --json]
+                               --recompute off on --compile off on --only LoRA DoRA --json]
 
 A random Llama on random tokens, one thread, all sides in shuffled turns: forward, backward, fused
 AdamW. "frozen base" makes activation gradients and no others: no adapter can take less. Every side
@@ -11,6 +11,8 @@ which our start was subtracted; in bf16 that base is rounded, which ours never i
 autograd keeps of the forward pass.
 
 The peak is of a whole step above weights and optimizer state. Larger: --hidden 2048 --layers 8.
+Compiled, the decoder layers of every side are, in the very same way, PEFT's as ours; "first pass"
+is what that takes, from empty caches, and a side whose graphs another one has made finds them.
 """
 
 import argparse
@@ -18,10 +20,11 @@ import gc
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
-from measuring import Times, against, peak_of, race, saved_bytes, seconds_of
+from measuring import Times, against, peak_of, race, saved_bytes, seconds_of, timed
 from reporting import Row, parser, publish
 from rivals import (
     TARGETS,
@@ -36,11 +39,14 @@ from rivals import (
     with_peft,
 )
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.optim import AdamW
 
 from lit_adapters import DoRA, FullFineTuning, LLaMAAdapter, LoRA, PiSSA, attach, initialise
 from lit_adapters.adapters import AdapterSpec, LoRAAdapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.compilation import compile_layers
 from lit_adapters.input_sharing import finding_shared_inputs
 from lit_adapters.losses import LossKind
 from lit_adapters.model_loss import ModelLoss
@@ -177,6 +183,23 @@ def sides(bare: nn.Module, rank: int, layers: int, only: Sequence[str]) -> dict[
     return found
 
 
+def compiled(all_sides: dict[str, Side], backend: str, ids: Tensor) -> dict[str, Row]:
+    """Compile the layers of all sides; return what the first pass of each takes and makes."""
+    found = {}
+    for name, side in all_sides.items():
+        compile_layers(side.model, backend)
+        before = graphs()
+        spent, _ = timed(lambda side=side: side.loss(side.model, ids).backward())
+        side.model.zero_grad()
+        found[name] = {"first pass, s": spent, "graphs": graphs() - before}
+    return found
+
+
+def graphs() -> int:
+    """How many were compiled so far."""
+    return counters["stats"]["unique_graphs"]
+
+
 def compared(all_sides: dict[str, Side], ids: Tensor) -> dict[str, tuple[float, float]]:
     """Loss and gradients of each side against its peer's; dropout draws its own numbers."""
     found = {}
@@ -188,13 +211,14 @@ def compared(all_sides: dict[str, Side], ids: Tensor) -> dict[str, tuple[float, 
 
 
 def measure(
-    bare: nn.Module, again: bool, ids: Tensor, options: argparse.Namespace
+    bare: nn.Module, again: bool, backend: str | None, ids: Tensor, options: argparse.Namespace
 ) -> tuple[list[Row], dict[str, Times]]:
-    """The table of one dtype, with or without recomputed layers."""
+    """The table of one dtype, with or without recomputed and compiled layers."""
     all_sides = sides(bare, options.rank, options.layers, options.only)
     if again:
         for side in all_sides.values():
             recompute(side.model)
+    first = compiled(all_sides, backend, ids) if backend else {}
     off = compared(all_sides, ids)
     steps = {name: side.stepper(ids) for name, side in all_sides.items()}
     for step in steps.values():
@@ -204,7 +228,10 @@ def measure(
         name: saved_bytes(side.model, lambda s=side: s.loss(s.model, ids))
         for name, side in all_sides.items()
     }
+    before = graphs()
     times = race(steps, options.rounds, warm_ups=1)
+    if graphs() > before:
+        raise RuntimeError(f"{graphs() - before} graphs were compiled while steps were timed")
     rows = []
     for name, side in all_sides.items():
         ratio = against(times[name], times[side.peer]) if side.peer else {}
@@ -223,6 +250,7 @@ def measure(
                 "saved / peer": saved[name] / saved[side.peer] if side.peer else None,
                 "loss off by": off[name][0] if name in off else None,
                 "gradients off by": off[name][1] if name in off else None,
+                **first.get(name, {}),
             }
         )
     return rows, times
@@ -236,6 +264,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = ["float32", "bfloat16"]
     made.add_argument("--dtypes", nargs="+", default=names, choices=names)
     made.add_argument("--recompute", nargs="+", default=["off", "on"], choices=["off", "on"])
+    made.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
+    made.add_argument("--backend", default="inductor", help="of torch.compile")
     made.add_argument("--only", nargs="*", default=[], help="methods, by a part of their name")
     return made.parse_args(arguments)
 
@@ -249,10 +279,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for dtype in options.dtypes:
         bare = llama(options.hidden, options.layers, options.vocabulary)
         bare = bare.to(getattr(torch, dtype))
-        for recomputed in options.recompute:
+        for recomputed, how in product(options.recompute, options.compile):
             title = f"{dtype}, gradient checkpointing {recomputed}"
-            tables[title], times = measure(bare, recomputed == "on", ids, options)
+            title += ", compiled" if how == "on" else ""
+            backend = options.backend if how == "on" else None
+            with fresh_cache():
+                tables[title], times = measure(bare, recomputed == "on", backend, ids, options)
             turns[title] = seconds_of(times)
+            torch.compiler.reset()
             gc.collect()  # models are held by cycles of hooks
     notes = (
         "Process time of one thread; the middle half of the turns gives the spread. The peer is "

@@ -17,6 +17,9 @@ QUIET = [
     "ignore:.*gradient_checkpointing.*:FutureWarning",  # transformers, of what PEFT calls
     "ignore:Full backward hook is firing:UserWarning",  # PEFT's LoRA-GA
     "ignore:This implementation of AdamW:FutureWarning",  # galore-torch
+    # Of torch's own, while it looks at what a layer is called with.
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:.*should not be instantiated:DeprecationWarning",
 ]
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
@@ -86,6 +89,34 @@ def test_a_fault_in_one_side_is_seen_in_its_gradients(run, monkeypatch):
     rows = by_name(next(iter(tables.values())))
     assert rows["LoRA, our loss"]["gradients off by"] == pytest.approx(1e-3, rel=0.1)
     assert rows["LoRA"]["gradients off by"] < 1e-4
+
+
+ONE_PAIR = [*TINY, "--tokens=16", "--dtypes=float32", "--recompute=off", "--only=none"]
+
+
+def test_compiled_sides_are_compiled_alike_and_once(run):
+    tables, _ = run("step", *ONE_PAIR, "--compile", "off", "on", "--backend=eager")
+    plain, compiled = map(by_name, tables.values())
+    assert list(tables)[1] == "float32, gradient checkpointing off, compiled"
+    assert plain.keys() == compiled.keys()
+    assert compiled["LoRA"]["graphs"] == compiled["PEFT LoRA"]["graphs"] == 2
+    assert compiled["LoRA again (A/A)"]["graphs"] == 0  # it is given those of the first
+    assert compiled["LoRA again (A/A)"]["first pass, s"] < compiled["LoRA"]["first pass, s"]
+    assert compiled["LoRA"]["gradients off by"] < 1e-4
+    assert "graphs" not in plain["LoRA"]
+
+
+def test_no_step_is_timed_in_which_something_is_compiled(run, monkeypatch):
+    step = importlib.import_module("step")
+    race = step.race
+
+    def forgetful(*sides, **more):
+        step.torch.compiler.reset()
+        return race(*sides, **more)
+
+    monkeypatch.setattr(step, "race", forgetful)
+    with pytest.raises(RuntimeError, match="graphs were compiled while steps were timed"):
+        run("step", *ONE_PAIR, "--compile=on", "--backend=eager")
 
 
 def test_starts_are_near_the_exact_ones(run):
