@@ -8,11 +8,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_adapters.sharding import decoder_layers, is_sharded
+from lit_adapters.sharding import decoder_layers
 
 # Of one kind of layer: with and without gradients, first layer or later, with and without a mask,
 # one row or several, lengths fixed or not. Beyond it torch runs what is new without compiling it.
@@ -52,7 +52,7 @@ def compile_layers(model: nn.Module, backend: str, strategy: Strategy | None = N
 
     Raises:
         RuntimeError: if there is no compiler for that device.
-        ValueError: if the model has no decoder layers, or is to be sharded.
+        ValueError: if the model has no decoder layers, or is to be sharded by FSDP1.
     """
     check_compile(strategy)
     if backend == "inductor":
@@ -74,11 +74,15 @@ def compile_layers(model: nn.Module, backend: str, strategy: Strategy | None = N
 
 
 def check_compile(strategy: Strategy | None) -> None:
-    """Raise a ValueError if layers cannot be compiled under ``strategy``."""
-    if is_sharded(strategy):
+    """Raise a ValueError if layers cannot be compiled under ``strategy``.
+
+    FSDP2's hooks gather a layer's weights outside of what is compiled.
+    """
+    if isinstance(strategy, FSDPStrategy):
         raise ValueError(
-            f"compile with {type(strategy).__name__}: what gathers the weights of a layer would be "
-            "compiled with it, and was not tried. Leave compile out, or train under DDP"
+            f"compile with {type(strategy).__name__}: FSDP1 puts another module around each layer, "
+            "and compiling what is in it was not tried. Take FSDP2 "
+            "(strategy=ModelParallelStrategy()) or DDP, or leave compile out"
         )
 
 

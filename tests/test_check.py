@@ -87,8 +87,8 @@ REFUSED = {
     "packed states": (["--devices=2", "--strategy=fsdp2",
                        "--model.optimizer=bitsandbytes.optim.AdamW8bit"], "optimizer: AdamW8bit"),
     "copies of all": (["--devices=2", "--strategy=fsdp2", *GUARD], "SpikeGuard: .*whole weights"),
-    "compiled shards": (["--devices=2", "--strategy=fsdp2", "--model.compile=true"],
-                        "compile: compile with ModelParallelStrategy"),
+    "compiled shards": (["--devices=2", "--strategy=fsdp", "--model.compile=true"],
+                        "compile: compile with FSDPStrategy.*Take FSDP2"),
     "few records": (["--devices=51", "--strategy=ddp"], "data: 50 examples.*51 devices"),
     "little memory": (["--devices=2", "--strategy=ddp", "--memory=1MB"], "memory: a rank needs"),
 }  # fmt: skip

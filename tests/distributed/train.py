@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -144,6 +145,8 @@ def built(text):
 
 def run(case):
     """Train as the case says; return what is to be compared."""
+    torch.compiler.reset()
+    counters.clear()
     # `nullcontext`: every layer computes its own product, as shards do.
     lit_adapters.first_steps.finding_shared_inputs = nullcontext if case.get("apart") else FINDING
     if os.environ.get("RANK") == "1":
@@ -238,6 +241,7 @@ def run(case):
         **{"loss": watch.loss, "norm": watch.norm, "held": watch.held, "units": watch.units},
         "start": starts[0],
         "traffic": traffic.steps,
+        "graphs": counters["stats"]["unique_graphs"],
         "optimizer_bytes": sum(
             t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes
             for values in trainer.optimizers[0].state.values()
