@@ -66,6 +66,9 @@ def compile_layers(model: nn.Module, backend: str, strategy: Strategy | None = N
         ) from error
     # Else a layer would run as compiled for one that has no adapter where it has.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
+    # Torch would cut each layer where a bucket of DDP is full, for gradients to be sent meanwhile;
+    # they are anyway, layer after layer.
+    torch._dynamo.config.optimize_ddp = False
     for _, layer in layers:
         layer.compile(**_options(backend))
         if getattr(layer, "gradient_checkpointing", False):

@@ -80,7 +80,7 @@ class AdapterFineTuneModule(CausalLMModule):
             ``LearningRateFinder`` (on the command line
             ``--trainer.callbacks+=LearningRateFinder``).
         compile: Run the decoder layers through torch.compile: true, or the name of a backend. Steps
-            are faster after the first, which takes seconds, or minutes.
+            are faster after the first two, which take seconds, or minutes. Not under FSDP1.
     """
 
     def __init__(

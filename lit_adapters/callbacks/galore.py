@@ -38,11 +38,12 @@ class GaLore(Callback):
     combine it with ``adapter=FullFineTuning()``.
 
     Gradients are projected during the backward pass and freed, also while they accumulate; a linear
-    layer forms that of its weight only to choose a subspace. The optimizer steps once per
-    accumulation window. ``gradient_clip_val`` clips what is stepped: the
-    projected gradients and those of ordinary parameters, whose norm is a little below that of the
-    full ones. Checkpoints hold the subspaces and counts beside weights and optimizer, as tensors
-    and ints; a run resumed inside a period goes on to the bit.
+    layer forms that of its weight only to choose a subspace (a compiled one at every step, beside
+    those of its whole decoder layer). The optimizer steps once per accumulation window.
+    ``gradient_clip_val`` clips what is stepped: the projected gradients and those of ordinary
+    parameters, whose norm is a little below that of the full ones. Checkpoints hold the subspaces
+    and counts beside weights and optimizer, as tensors and ints; a run resumed inside a period goes
+    on to the bit.
 
     Several devices: under DDP only projected gradients are averaged, and DDP is left with those of
     ordinary parameters; a window that chooses subspaces keeps whole gradients until its end and

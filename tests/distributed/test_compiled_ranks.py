@@ -16,6 +16,7 @@ from tests.distributed.test_strategies import (
 from tests.distributed.test_strategies import pytestmark as pytestmark
 
 SPREAD = ["ddp", "fsdp2"]
+SMALL = "ddp, small buckets"  # which torch would cut a compiled layer into
 TWICE = {"trainer": {"accumulate_grad_batches": 2}}
 
 
@@ -72,10 +73,10 @@ def assert_trained_alike(ranks, name, strategy):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("few"), FEW, [*SPREAD, "fsdp"], "eager")
+    return trained(tmp_path_factory.mktemp("few"), FEW, [*SPREAD, SMALL, "fsdp"], "eager")
 
 
-@pytest.mark.parametrize("strategy", SPREAD)
+@pytest.mark.parametrize("strategy", [*SPREAD, SMALL])
 @pytest.mark.parametrize("name", FEW)
 def test_two_ranks_train_compiled_as_one_does_plainly(few, name, strategy):
     assert_trained_alike(few, name, strategy)

@@ -72,6 +72,7 @@ class CPUFSDPStrategy(FSDPStrategy):
 STRATEGIES = {
     "single": lambda: "auto",
     "ddp": lambda: DDPStrategy(timeout=TIMEOUT),
+    "ddp, small buckets": lambda: DDPStrategy(bucket_cap_mb=0.01, timeout=TIMEOUT),
     "fsdp": lambda: CPUFSDPStrategy(timeout=TIMEOUT),
     "fsdp, own units": lambda: CPUFSDPStrategy(
         auto_wrap_policy={LlamaDecoderLayer}, timeout=TIMEOUT
