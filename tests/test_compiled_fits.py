@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 import lit_adapters.compilation
-import lit_adapters.module
+import lit_adapters.first_steps
 from lit_adapters import (
     AdapterCheckpoint,
     DoRA,
@@ -108,7 +108,9 @@ def assert_equal_runs(found, expected, rtol=1e-4, atol=1e-5):
 @pytest.fixture
 def apart(monkeypatch):
     """Every layer computes its own product, as compiled ones do: in bf16 the order shows."""
-    monkeypatch.setattr(lit_adapters.module, "finding_shared_inputs", lambda model: nullcontext())
+    monkeypatch.setattr(
+        lit_adapters.first_steps, "finding_shared_inputs", lambda model: nullcontext()
+    )
 
 
 @pytest.mark.parametrize("name", FITS)
