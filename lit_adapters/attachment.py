@@ -17,6 +17,7 @@ from lit_adapters.adapters import (
     adapters_of,
     own_modules,
 )
+from lit_adapters.holders import is_held_elsewhere
 from lit_adapters.initialisers import named_generator
 from lit_adapters.targets import match_targets
 from lit_adapters.weights import settle
@@ -154,6 +155,8 @@ def apply_adapters(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """The forward hook of every adapted layer (at module level, so that models pickle)."""
+    if is_held_elsewhere(output):
+        output = output.clone(memory_format=torch.contiguous_format)  # adapters may write to it
     for adapter in adapters_of(layer):
         if adapter.active:
             output = adapter(layer, args, kwargs, output)

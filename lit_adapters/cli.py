@@ -175,6 +175,8 @@ class AdapterCLI(LightningCLI):
         if path is None:
             return
         self.config[name]["ckpt_path"] = str(path)
+        if path.is_dir():  # of several files, which hold no settings
+            return
         checkpoint = read_checkpoint(path)
         saved = trusted_settings(checkpoint.get("hyper_parameters", {}))
         model = self.parser.parse_args(self._arguments, defaults=False)[name].get("model")
@@ -189,7 +191,7 @@ class AdapterCLI(LightningCLI):
 
 
 def find_checkpoint(given: str) -> Path | None:
-    """Return the file that ``--ckpt_path`` means; None where it is Lightning's to find.
+    """Return the file or files that ``--ckpt_path`` means; None where Lightning is to find it.
 
     Raises:
         ValueError: if there is no such file.
@@ -197,8 +199,10 @@ def find_checkpoint(given: str) -> Path | None:
     path = Path(given).expanduser()  # shells leave the ~ of --ckpt_path=~/last.ckpt
     if path.is_file():
         return path
-    if given in FOUND_BY_LIGHTNING or "://" in given or (path / ".metadata").exists():
-        return None  # or it is of several files
+    if (path / ".metadata").exists():  # it is of several files
+        return path
+    if given in FOUND_BY_LIGHTNING or given.startswith("registry:") or "://" in given:
+        return None
     is_adapter = (path / "adapter_config.json").exists()
     folder = path if path.is_dir() and not is_adapter else path.parent
     files = ", ".join(sorted(file.name for file in folder.glob("*.ckpt")))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lit_adapters.adapters.fields import shown
@@ -88,10 +88,22 @@ def _differs(new: Path, old: Path) -> bool:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous tensors on the CPU as safetensors; its `save_file` takes thrice as long.
+    """Write tensors as safetensors, whose own `save_file` takes three times as long.
 
-    That finds the address of each through NumPy, and that none shares memory with another.
+    It would look for memory that tensors share, which is for the caller to know, and find their
+    addresses by way of NumPy.
+
+    Raises:
+        TypeError: if one is not an ordinary contiguous tensor on the CPU, and so has no address.
     """
+    for key, tensor in tensors.items():
+        is_ordinary = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+        if not is_ordinary or not tensor.is_contiguous():
+            raise TypeError(
+                f"{key} is a {type(tensor).__name__} on {tensor.device}, whose values are not in "
+                "this process's memory as they are to be written; a model that is sharded is saved "
+                "by AdapterCheckpoint, which gathers them"
+            )
     specs = {
         key: TensorSpec(
             dtype=str(tensor.dtype).removeprefix("torch."),

@@ -85,8 +85,9 @@ def clearer(message: str, options: Sequence[str], classes: Sequence[str] = ()) -
         return f"{where}{wrong[1]!r} is unknown{_meant(wrong[1], [*choices, *classes])}"
     reason = _only_reason(message) or _not_among(message)
     if choice := _LITERAL.search(reason or message):
-        value = choice["value"] or re.findall(r"^ *Given value: (.*)", message, re.MULTILINE)[-1]
-        reason = _among(value, re.findall(r"'([^']+)'", choice["choices"]))
+        given = re.findall(r"^ *Given value: (.*)", message, re.MULTILINE)
+        if value := choice["value"] or "".join(given[-1:]):
+            reason = _among(value, re.findall(r"'([^']+)'", choice["choices"]))
     return where + reason if reason else message
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "version.py": 1,
     "metrics/": 1,
     "throughput.py": 1,
+    "holders.py": 1,
     "spread.py": 1,
     "adapters/": 2,
     "targets.py": 2,

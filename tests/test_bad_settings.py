@@ -318,7 +318,9 @@ def test_a_checkpoint_may_be_named_as_shells_leave_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "last.ckpt").touch()
     assert find_checkpoint("~/last.ckpt") == tmp_path / "last.ckpt"
-    assert [find_checkpoint(word) for word in ("last", "best", "s3://bucket/a.ckpt")] == [None] * 3
+    assert [find_checkpoint(word) for word in ("last", "s3://a/b.ckpt", "registry:a:v1")] == [
+        None
+    ] * 3
 
 
 def test_settings_that_do_not_go_together_are_no_traceback(monkeypatch, capsys):

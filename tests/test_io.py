@@ -24,6 +24,7 @@ from lit_adapters import (
     save_adapter,
 )
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.folder import write_tensors
 from tests.models import BUILDERS, gpt2, llama, llama_tied, logits, shake, snapshot, trainable
 
 CONFIG, WEIGHTS, EXTRA, CARD = (
@@ -150,10 +151,20 @@ def test_weights_are_written_byte_by_byte_as_safetensors_writes_them(case, tmp_p
         "transposed": (LoRA(rank=4, targets=["wte", "c_attn"], bias="adapter"), gpt2),
         "counter": (LoRA(rank=4, targets=["0"], modules_to_save=["1"]), normed),
     }
-    save_adapter(trained(*kinds[case]), tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
+    model = trained(*kinds[case])
+    save_adapter(model, tmp_path)
+    adapted = list(adapted_layers(model))
+    packed = adapted[0].adapter.spec.pack(model, adapted)
+    tensors = {key: tensor.detach().clone().contiguous() for key, tensor in packed.items()}
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(2, device="meta"), torch.ones(2, 3).T])
+def test_what_is_not_in_memory_as_it_is_to_be_written_is_refused(tensor, tmp_path):
+    with pytest.raises(TypeError, match="AdapterCheckpoint"):
+        write_tensors(tmp_path / "file", {"a": tensor})
+    assert not list(tmp_path.iterdir())
 
 
 def normed():

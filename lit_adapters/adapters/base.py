@@ -43,7 +43,10 @@ class Adapter(nn.Module, ABC):
     def forward(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Return the adapted output of ``layer``, called with ``args`` and ``kwargs``."""
+        """Return the adapted output of ``layer``, called with ``args`` and ``kwargs``.
+
+        ``output``, which the layer returned alone, may be overwritten: nobody else has it.
+        """
 
     def inputs(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -180,7 +180,7 @@ class LoRAAdapter(KeepsTaken):
         shared = None if self.shared_input is None else self.shared_input.product(self, x)
         if shared is None:
             return add_low_rank(layer, output, x, *factors, self.scale)
-        return add_scaled(layer, output, shared, factors.B, self.scale)
+        return add_scaled(output, shared, factors.B, self.scale)
 
     def drops(self, x: Tensor) -> bool:
         """Whether dropout acts on the input ``x``."""

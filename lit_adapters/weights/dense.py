@@ -49,7 +49,7 @@ def _(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    return add_scaled(layer, output, thin_product(x, A, dropout), B, scale)
+    return add_scaled(output, thin_product(x, A, dropout), B, scale)
 
 
 @add_low_rank.register(nn.Embedding)
@@ -58,7 +58,7 @@ def _(layer: nn.Embedding, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scal
     # It is read as a buffer or number at call time: a cast of the model casts it as well.
     factor = getattr(layer, "embed_scale", 1.0)
     hidden = F.embedding(x, A.T, padding_idx=layer.padding_idx)
-    return add_scaled(layer, output, hidden * factor, B, scale)
+    return add_scaled(output, hidden * factor, B, scale)
 
 
 @is_lookup.register(nn.Embedding)

@@ -1,24 +1,18 @@
-"""The product with ``B`` (out, r), added to what a layer returned: in place, where that is safe."""
+"""The product with ``B`` (out, r), added to what a layer returned: in place, where that can be."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
-from torch.nn.modules import module as modules
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from transformers.pytorch_utils import Conv1D
-
-# Their outputs are new at every call, and no backward pass reads them.
-FRESH = (nn.Linear.forward, Conv1D.forward)
 
 
-def add_scaled(layer: nn.Module, output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
+def add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
     """``output + scale * hidden B^T``, cast to the dtype of ``output``.
 
     Args:
-        layer: What returned the output.
-        output: (..., out); it is written to if nobody else can have it.
+        output: (..., out); it may be overwritten.
         hidden: (..., r), in the dtype to compute in.
         B: (out, r).
         scale: Of the product.
@@ -26,42 +20,35 @@ def add_scaled(layer: nn.Module, output: Tensor, hidden: Tensor, B: Tensor, scal
     if output.dtype != hidden.dtype:
         columns = B.T.contiguous()  # from which a processor computes B's gradient twice as fast
         return output + ((hidden * scale) @ columns).to(output.dtype)
-    if is_ours_alone(layer, output):
+    if _takes_writes(output):
         whole = output if output._base is None else output._base  # with a bias it is a view
         added: Tensor = _AddedInPlace.apply(whole, hidden, B, scale)
         return added.view(output.shape)
     # Scaling and addition are folded into the product: no temporary of the output's size.
     sums = torch.addmm(_rows(output), _rows(hidden), B.T, alpha=scale)
-    return sums.view(output.shape)
+    return sums.view(output.shape).to(output.dtype)  # which autocast may have changed
 
 
-def is_ours_alone(layer: nn.Module, output: Tensor) -> bool:
-    """Whether what ``layer`` returned may be overwritten: nobody kept it, no gradient needs it."""
-    hooks = len(layer._forward_hooks) + len(modules._global_forward_hooks)
+def _takes_writes(output: Tensor) -> bool:
+    """Whether ``output`` is a tensor like any other, and nobody transforms what computes it."""
     return (
-        hooks <= 1  # the one that calls adapters
-        and type(layer).forward in FRESH
-        and "forward" not in layer.__dict__
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and type(output) is Tensor
         and output.is_contiguous()
-        and not _is_recorded()
-    )
-
-
-def _is_recorded() -> bool:
-    """Whether somebody sees every operator: selective checkpointing keeps what they return."""
-    return (
-        is_in_torch_dispatch_mode()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        and (output._base is None or output._base.numel() == output.numel())
+        and not (output.is_leaf and output.requires_grad)
+        and (not output.is_inference() or torch.is_inference_mode_enabled())
     )
 
 
 class _AddedInPlace(Function):
     @staticmethod
     def forward(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
-        _rows(output).addmm_(_rows(hidden), B.T.to(output.dtype), alpha=scale)
+        rows = _rows(output)  # not `addmm_`, which torch's counter of operations does not know
+        torch.addmm(rows, _rows(hidden), B.T.to(rows.dtype), alpha=scale, out=rows)
         return output
 
     @staticmethod
@@ -77,7 +64,7 @@ class _AddedInPlace(Function):
         if ctx.needs_input_grad[1]:
             to_hidden = (rows @ B.to(rows.dtype) * ctx.scale).view(hidden.shape)
         if ctx.needs_input_grad[2]:  # (out, r) by way of (r, out), which takes half the time
-            to_B = (_rows(hidden).T @ rows * ctx.scale).T.to(B.dtype)
+            to_B = ((_rows(hidden) * ctx.scale).T @ rows).T.to(B.dtype)
         return slope, to_hidden, to_B, None
 
 
