@@ -1,6 +1,6 @@
 """One training step of every method, beside PEFT's and beside the frozen base, which is the bound.
 
-    python benchmarks/step.py [--hidden 512 --layers 4 --rounds 5 --dtypes float32 bfloat16
+    python benchmarks/step.py [--hidden 512 --layers 8 --rounds 5 --dtypes float32 bfloat16
                                --recompute off on --compile off on --only LoRA DoRA --json]
 
 A random Llama on random tokens, one thread, all sides in shuffled turns: forward, backward, fused
@@ -10,7 +10,7 @@ given the same values, and loss and gradients are compared. PEFT's PiSSA is a Lo
 which our start was subtracted; in bf16 that base is rounded, which ours never is. "saved" is what
 autograd keeps of the forward pass.
 
-The peak is of a whole step above weights and optimizer state. Larger: --hidden 2048 --layers 8.
+The peak is of a whole step above weights and optimizer state. Larger: --hidden 2048 --layers 4.
 Compiled, the decoder layers of every side are, in the very same way, PEFT's as ours; "first pass"
 is what that takes, from empty caches, and a side whose graphs another one has made finds them.
 PEFT's DoRA breaks graphs so that torch no longer compiles layers of any side as a whole: refused.
@@ -262,7 +262,7 @@ def measure(
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__, "step")
-    sizes = {"hidden": 512, "layers": 4, "vocabulary": 8192, "batch": 2, "tokens": 128}
+    sizes = {"hidden": 512, "layers": 8, "vocabulary": 8192, "batch": 2, "tokens": 256}
     for name, value in {**sizes, "rank": 8, "rounds": 5}.items():
         made.add_argument(f"--{name}", type=int, default=value)
     names = ["float32", "bfloat16"]
