@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.autograd.function import Function
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.weights import add_scaled
@@ -95,6 +97,37 @@ def test_what_takes_no_writes_is_left_alone(kind):
     added = add_scaled(output, hidden, B, SCALE)
     assert torch.equal(output.detach(), before)
     torch.testing.assert_close(added, output + SCALE * hidden @ B.T)
+
+
+class Opaque(Function):
+    """Its output is a view, made where no gradients are noted: as of bitsandbytes' product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope @ ctx.saved_tensors[0], None, slope.sum((0, 1))
+
+
+@pytest.mark.parametrize("trained", ["x", "bias", "both"])
+def test_gradients_pass_through_a_function_that_returns_a_view(trained):
+    layer = nn.Linear(6, 5).requires_grad_(False)
+    given = {}
+    for product in (F.linear, Opaque.apply):
+        x, hidden, B = tensors(2, 4)
+        bias = layer.bias.clone().requires_grad_(trained != "x")
+        x = x.detach().requires_grad_(trained != "bias")
+        output = product(x, layer.weight, bias)
+        assert output._base is not None
+        add_scaled(output, hidden, B, SCALE).sin().sum().backward()
+        given[product] = [t.grad for t in (x, bias, hidden, B)]
+    for one, other in zip(*given.values(), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
 
 
 def test_inference_tensors_are_added_to_outside_of_inference_mode():

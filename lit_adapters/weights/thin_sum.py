@@ -38,10 +38,16 @@ def _takes_writes(output: Tensor) -> bool:
         and forward_ad._current_level < 0
         and type(output) is Tensor
         and output.is_contiguous()
-        and (output._base is None or output._base.numel() == output.numel())
+        and (output._base is None or _is_view_of_all(output, output._base))
         and not (output.is_leaf and output.requires_grad)
         and (not output.is_inference() or torch.is_inference_mode_enabled())
     )
+
+
+def _is_view_of_all(output: Tensor, base: Tensor) -> bool:
+    """Whether gradients pass through ``base``, which they do not where a Function made the view."""
+    passes = output.grad_fn is None or output.grad_fn.next_functions[0][0] is base.grad_fn
+    return base.numel() == output.numel() and base.requires_grad == output.requires_grad and passes
 
 
 class _AddedInPlace(Function):
