@@ -130,6 +130,15 @@ def test_gradients_pass_through_a_function_that_returns_a_view(trained):
             torch.testing.assert_close(one, other)
 
 
+def test_one_row_may_be_a_view_of_a_column():
+    layer = nn.Linear(6, 5, bias=False).requires_grad_(False)
+    x, hidden, B = (t.detach() for t in tensors(1))
+    output = (layer.weight @ x.T).T
+    assert output.is_contiguous()
+    expected = output + SCALE * hidden @ B.T
+    torch.testing.assert_close(add_scaled(output, hidden, B, SCALE), expected)
+
+
 def test_inference_tensors_are_added_to_outside_of_inference_mode():
     _, hidden, B = (t.detach() for t in tensors(2, 4))
     with torch.inference_mode():

@@ -45,9 +45,18 @@ def _takes_writes(output: Tensor) -> bool:
 
 
 def _is_view_of_all(output: Tensor, base: Tensor) -> bool:
-    """Whether gradients pass through ``base``, which they do not where a Function made the view."""
+    """Whether ``base`` has the same rows, and gradients pass through it.
+
+    They do not where a Function made the view; rows are others where that is a transpose.
+    """
+    same_rows = base.is_contiguous() and base.shape[-1:] == output.shape[-1:]
     passes = output.grad_fn is None or output.grad_fn.next_functions[0][0] is base.grad_fn
-    return base.numel() == output.numel() and base.requires_grad == output.requires_grad and passes
+    return (
+        same_rows
+        and base.numel() == output.numel()
+        and base.requires_grad == output.requires_grad
+        and passes
+    )
 
 
 class _AddedInPlace(Function):
