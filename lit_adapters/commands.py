@@ -82,6 +82,8 @@ def generate(
     asked = None if prompt is None else [(prompt, input)]
     if file is not None:
         asked = list(_read_requests(Path(file)))
+        if not asked:
+            raise ValueError(f"--file {file} holds no instruction; write one in each line")
     model, words = _load(base, adapter, dtype, tokenizer, revision, quantization)
     how, differs = choose(given, prompting_of(model), "alpaca")
     if raw:

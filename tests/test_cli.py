@@ -281,6 +281,7 @@ def test_a_broken_line_of_a_prompt_file_is_named(adapter, tmp_path):
     [
         ("nowhere.txt", None, "nowhere.txt cannot be read: .*No such file.*one instruction per l"),
         ("latin.txt", b"caf\xe9", "latin.txt cannot be read: .*0xe9.*text in UTF-8"),
+        ("empty.txt", b"\n\n", "empty.txt holds no instruction"),
         ("number.jsonl", b'{"instruction": 5}', "line 1: expected .*texts 'instruction'"),
         ("deep.jsonl", b'{"instruction": "a", "input": ["b"]}', "line 1: expected .*'input'"),
     ],

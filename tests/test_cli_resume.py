@@ -19,8 +19,7 @@ pytestmark = [
 ]
 
 
-def fit(root: Path, *more: str) -> dict:
-    """A short fit; returns its last checkpoint."""
+def command(root: Path, *more: str) -> None:
     words = [
         "fit", "--config", str(CONFIG), f"--trainer.default_root_dir={root}",
         "--data.train_limit=64", "--trainer.limit_val_batches=0", "--trainer.max_epochs=2",
@@ -29,6 +28,11 @@ def fit(root: Path, *more: str) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lit_adapters", *words])
         main()
+
+
+def fit(root: Path, *more: str) -> dict:
+    """A short fit; returns its last checkpoint."""
+    command(root, *more)
     files = sorted(root.glob("lightning_logs/version_*/checkpoints/last.ckpt"))
     return torch.load(files[-1], weights_only=True) | {"path": files[-1]}
 
@@ -76,3 +80,16 @@ def test_a_config_cannot_call_the_system(tmp_path, capsys):
     with pytest.raises(SystemExit):
         fit(tmp_path, "--model.optimizer.class_path=os.system")
     assert "os" in capsys.readouterr().err
+
+
+def test_a_fit_that_was_done_says_that_nothing_is_trained(first, tmp_path, capsys):
+    same = ["--trainer.max_steps=5", "--model.adapter.init_args.rank=4", "--model.warmup=0"]
+    command(tmp_path, *same, f"--ckpt_path={first['path']}")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing: the checkpoint stands at step 5" in said
+    assert "max_steps 5" in said
+
+
+def test_a_fit_that_goes_on_does_not_say_so(first, tmp_path, capsys):
+    resumed(first, tmp_path)
+    assert "nothing: the checkpoint" not in " ".join(capsys.readouterr().out.split())

@@ -19,10 +19,11 @@ class RunReport(Callback):
     def __init__(self) -> None:
         self.started = 0.0
         self.first_loss: Tensor | None = None
+        self.trained = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is trained and what is frozen."""
-        self.started, self.first_loss = time.perf_counter(), None
+        self.started, self.first_loss, self.trained = time.perf_counter(), None, False
         sizes = footprint(pl_module)
         rows = {
             "trainable parameters": f"{sizes.trainable:,} of {sizes.total:,} ({sizes.share:.2%})",
@@ -36,6 +37,7 @@ class RunReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the loss of the first step."""
+        self.trained = True
         if self.first_loss is None:
             self.first_loss = trainer.callback_metrics.get("train/loss")
 
@@ -50,6 +52,12 @@ class RunReport(Callback):
             "peak memory": _bytes(peak_bytes(pl_module.device)),
             "optimizer state": _bytes(sum(map(optimizer_bytes, trainer.optimizers))),
         }
+        if not self.trained and trainer.ckpt_path is not None:
+            rows["trained"] = (
+                f"nothing: the checkpoint stands at step {trainer.global_step:,}, epoch "
+                f"{trainer.current_epoch}, where max_steps {trainer.max_steps} or max_epochs "
+                f"{trainer.max_epochs} ends; raise it to go on"
+            )
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, AdapterCheckpoint) and callback.adapter_path:
                 rows["adapter folder"] = _folder(callback.adapter_path)
