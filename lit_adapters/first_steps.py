@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedModel
 
 from lit_adapters.attachment import check_adapters_fire
 from lit_adapters.footprint import Footprint, optimizer_bytes
@@ -23,36 +24,37 @@ class FirstSteps:
         self.moved = False
         self.measured = False
 
-    def check_fire(self, module: Any, batch: Any) -> bool:
+    def check_fire(
+        self, model: PreTrainedModel, trainer: Trainer, batch: Any, compiled: bool
+    ) -> bool:
         """Make sure, on the first batch, that no adapter is bypassed; return whether it is that.
 
-        Adapters of layers that read one input share products from then on.
+        Adapters of layers that read one input share products from then on, unless they are
+        ``compiled`` or sharded.
         """
         if self.fired:
             return False
         self.fired = True
-        model = module.model
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if "logits_to_keep" in signature(model.forward).parameters:
             inputs["logits_to_keep"] = 1  # all of them could be the peak of the run
-        whole = not is_sharded(module.trainer.strategy) and not module.compile_backend
+        whole = not is_sharded(trainer.strategy) and not compiled
         with finding_shared_inputs(model) if whole else nullcontext():
             check_adapters_fire(model, {**inputs, "use_cache": False})
         return True
 
-    def check_moved(self, module: Any) -> None:
+    def check_moved(self, model: PreTrainedModel, trainer: Trainer) -> None:
         """Make sure, after `PATIENCE` optimizer steps, that adapters move."""
-        trainer = module.trainer
         if not self.moved and trainer.global_step >= PATIENCE:
             self.moved = True
-            check_moved(module.model, trainer.optimizers[0].param_groups[0]["lr"])
+            check_moved(model, trainer.optimizers[0].param_groups[0]["lr"])
 
-    def measure_optimizer(self, module: Any) -> None:
+    def measure_optimizer(self, trainer: Trainer) -> None:
         """Log the size of the optimizer's state when there is one."""
-        optimizers = module.trainer.optimizers
+        optimizers = trainer.optimizers
         if not self.measured and any(optimizer.state for optimizer in optimizers):
             self.measured = True
-            log_once(module.trainer, {"bytes/optimizer": sum(map(optimizer_bytes, optimizers))})
+            log_once(trainer, {"bytes/optimizer": sum(map(optimizer_bytes, optimizers))})
             for said in filter(None, map(unpacked, optimizers)):
                 rank_zero_info(said)
 

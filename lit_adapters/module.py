@@ -252,7 +252,7 @@ class AdapterFineTuneModule(CausalLMModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make sure, once, that no adapter is bypassed, which is no training time."""
-        if self.first_steps.check_fire(self, batch):
+        if self.first_steps.check_fire(self.model, self.trainer, batch, bool(self.compile_backend)):
             self.window.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -261,8 +261,8 @@ class AdapterFineTuneModule(CausalLMModule):
             if outputs and not outputs["loss"].isfinite():
                 self.trainer.should_stop = True  # larger rates will not do better
             return
-        self.first_steps.check_moved(self)
-        self.first_steps.measure_optimizer(self)
+        self.first_steps.check_moved(self.model, self.trainer)
+        self.first_steps.measure_optimizer(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and its schedule."""
