@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_adapters.adapters import Adapted
 from lit_adapters.attachment import bypassed
+from lit_adapters.gradient_factors import take_factors
+from lit_adapters.initialisers import Factored
 from lit_adapters.losses import IGNORE
 from lit_adapters.trained_state import random_state, set_random_state
-from lit_adapters.weights import as_matrix, matrix_shape
+from lit_adapters.weights import as_matrix, matrix_shape, multiplies_rows
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # mean over tokens, number of tokens
-Consume = Callable[[Adapted, Tensor], None]
-Take = Callable[[Adapted, Tensor, int], None]
+Consume = Callable[[Adapted, Any], None]
+Take = Callable[[Adapted, Any, int], None]
 Reduce = Callable[[Tensor], Tensor]
 
 LOSS_SCALE = 1024.0  # keeps fp16 gradients from vanishing; a power of two changes no bit elsewhere
@@ -54,6 +57,7 @@ def each_gradient(
     loss: Loss = mean_loss,
     gradient_bytes: int | None = None,
     reduce: Reduce | None = None,
+    factored: bool = False,
 ) -> None:
     """Call ``consume(one, gradient)`` for each adapted layer, on the frozen base alone.
 
@@ -78,6 +82,8 @@ def each_gradient(
             group of layers that fits, of one layer at least. None is no limit.
         reduce: Returns the sum of a tensor over all ranks, each of which calls this with batches
             of its own: the gradient is then that of all their tokens. None if this is the only one.
+        factored: With one batch, hand over a gradient as `Factored`, what went into the layer and
+            the gradient of what came out, where those are smaller. The matrix is then not formed.
 
     Raises:
         ValueError: if there is no batch or no trained token, or a layer has no gradient.
@@ -88,10 +94,15 @@ def each_gradient(
         raise ValueError("no batches to take gradients on; pass at least one real training batch")
     for one in adapted:
         _check_differentiable(one)
-    with at_rest(model), bypassed(model), torch.inference_mode(False):  # gradients on as well
+    with (
+        at_rest(model),
+        bypassed(model),
+        torch.inference_mode(False),  # gradients on as well
+        torch.compiler.set_stance("force_eager"),  # nothing is compiled for these few passes
+    ):
         remaining = list(adapted)
         if len(seen) == 1 and reduce is None:
-            remaining = _hand_over_at_once(model, remaining, seen[0], consume, loss)
+            remaining = _hand_over_at_once(model, remaining, seen[0], consume, loss, factored)
         for group in _groups(remaining, gradient_bytes):
             _hand_over_means(model, group, seen, consume, loss, reduce)
 
@@ -170,17 +181,22 @@ def _check_differentiable(one: Adapted) -> None:
 
 
 def _hand_over_at_once(
-    model: nn.Module, adapted: list[Adapted], batch: Any, consume: Consume, loss: Loss
+    model: nn.Module,
+    adapted: list[Adapted],
+    batch: Any,
+    consume: Consume,
+    loss: Loss,
+    factored: bool,
 ) -> list[Adapted]:
     """Consume gradients as they appear; return the layers for which one came in parts."""
     times: Counter[str] = Counter()
 
-    def take(one: Adapted, gradient: Tensor, tokens: int) -> None:
+    def take(one: Adapted, gradient: Tensor | Factored, tokens: int) -> None:
         times[one.name] += 1
         if times[one.name] == 1:
             consume(one, gradient)
 
-    _check_complete(_backward(model, adapted, batch, take, loss), adapted, times)
+    _check_complete(_backward(model, adapted, batch, take, loss, factored), adapted, times)
     return [one for one in adapted if times[one.name] > 1]
 
 
@@ -215,7 +231,14 @@ def _hand_over_means(
         consume(one, (summed if reduce is None else reduce(summed)).div_(total))
 
 
-def _backward(model: nn.Module, adapted: list[Adapted], batch: Any, take: Take, loss: Loss) -> int:
+def _backward(
+    model: nn.Module,
+    adapted: list[Adapted],
+    batch: Any,
+    take: Take,
+    loss: Loss,
+    factored: bool = False,
+) -> int:
     """Hand each weight's gradient on one batch to ``take``; return the batch's trained tokens."""
     tokens = 0
 
@@ -225,18 +248,26 @@ def _backward(model: nn.Module, adapted: list[Adapted], batch: Any, take: Take, 
         matrix = as_matrix(one.layer, gradient.to_dense()).float()
         take(one, matrix.div_(LOSS_SCALE), tokens)
 
+    def hand_over_factors(one: Adapted, factors: Factored) -> None:
+        take(one, factors / LOSS_SCALE, tokens)
+
     originals = [(one.layer, one.layer._parameters["weight"]) for one in adapted]
+    handles: list[RemovableHandle] = []
     try:
         for one in adapted:
             # A leaf of its own on the same memory: a tied weight would sum over all its uses.
             leaf = nn.Parameter(one.layer.get_parameter("weight").detach())
             leaf.register_post_accumulate_grad_hook(partial(hand_over, one))
             one.layer._parameters["weight"] = leaf
+            if factored and multiplies_rows(one.layer):
+                handles += take_factors(one.layer, leaf, partial(hand_over_factors, one))
         mean, count = loss(model, batch)
         tokens = int(count)
         if tokens and mean.requires_grad:
             (mean * LOSS_SCALE).backward()
     finally:
+        for handle in handles:
+            handle.remove()
         for layer, weight in originals:
             layer._parameters["weight"] = weight
     return tokens

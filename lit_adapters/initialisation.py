@@ -11,7 +11,7 @@ from lit_adapters.adapters import METHOD, Adapted, Adapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.dense_weights import DenseWeights, Matrices, in_fp32
 from lit_adapters.gradients import Loss, Reduce, each_gradient, mean_loss
-from lit_adapters.initialisers import Initialiser, RewritesBase, named_generator
+from lit_adapters.initialisers import Factored, Initialiser, RewritesBase, named_generator
 from lit_adapters.remainders import digest_of, with_taken
 from lit_adapters.weights import is_plain, requantise
 
@@ -60,7 +60,7 @@ def initialise(
     if not adapted:
         raise ValueError("the model holds no adapters; call `attach(model, spec)` first")
 
-    def start(remember: Remember, one: Adapted, gradient: Tensor | None = None) -> None:
+    def start(remember: Remember, one: Adapted, gradient: Tensor | Factored | None = None) -> None:
         generator = named_generator(one.name, seed)
         remember(one)
         try:
@@ -87,7 +87,10 @@ def initialise(
                 if type(one.adapter).start is Adapter.start:
                     start(remember, one)  # raises now, and not after the passes over the batches
             consume = partial(start, remember)
-            each_gradient(model, adapted, batches or (), consume, loss, gradient_bytes, reduce)
+            factored = initialiser.reads_gradient == "factored"
+            each_gradient(
+                model, adapted, batches or (), consume, loss, gradient_bytes, reduce, factored
+            )
     return [name for name, *_ in adapted]
 
 

@@ -29,6 +29,7 @@ FLOORS = {
     "footprint.py": 3,
     "attachment.py": 3,
     "merging.py": 4,
+    "gradient_factors.py": 3,
     "gradients.py": 4,
     "guards.py": 4,
     "initialisation.py": 4,

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lit_adapters import LoRA, LoRAGA, attach, initialise
+from lit_adapters import LoRA, LoRAGA, attach, gradient_factors, initialise
 from lit_adapters.adapters import Adapted
 from lit_adapters.attachment import adapted_layers, bypassed
 from lit_adapters.gradients import each_gradient, mean_loss
+from lit_adapters.initialisers import Factored
 from lit_adapters.weights import as_matrix
 from tests import models
 
@@ -35,13 +36,24 @@ def batches(count, rows=2):
     return [models.batch(rows=rows, length=6 + 3 * n, seed=n) for n in range(count)]
 
 
+def whole(gradient):
+    return gradient.dense() if isinstance(gradient, Factored) else gradient.clone()
+
+
+@pytest.fixture(params=["whole", "factored"])
+def form(request, monkeypatch):
+    """Options of `each_gradient`; factored, whatever is smaller: layers of tests are tiny."""
+    monkeypatch.setattr(gradient_factors, "is_smaller", lambda *_: True)
+    return {"factored": request.param == "factored"}
+
+
 def gradients(model, data, **options):
     found = {}
     each_gradient(
         model,
         list(adapted_layers(model)),
         data,
-        lambda one, gradient: found.__setitem__(one.name, gradient.clone()),
+        lambda one, gradient: found.__setitem__(one.name, whole(gradient)),
         **options,
     )
     return found
@@ -77,10 +89,10 @@ def assert_close(found, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma"])
-def test_the_average_is_the_gradient_of_all_tokens_together(kind, count):
+def test_the_average_is_the_gradient_of_all_tokens_together(kind, count, form):
     model = adapted_model(kind)
     data = batches(count)
-    assert_close(gradients(model, data), reference(model, data))
+    assert_close(gradients(model, data, **form), reference(model, data))
 
 
 def test_batches_weigh_by_their_trained_tokens():
@@ -129,9 +141,10 @@ def test_a_tied_weight_gets_the_gradient_of_its_own_use():
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-def test_embeddings_and_heads_are_layers_like_others():
-    model, data = adapted_model("llama", WIDE["llama"]), batches(2)
-    assert_close(gradients(model, data), reference(model, data))
+@pytest.mark.parametrize("count", [1, 2])
+def test_embeddings_and_heads_are_layers_like_others(count, form):
+    model, data = adapted_model("llama", WIDE["llama"]), batches(count)
+    assert_close(gradients(model, data, **form), reference(model, data))
 
 
 def test_a_sparse_gradient_is_a_gradient():
@@ -144,10 +157,11 @@ def test_a_sparse_gradient_is_a_gradient():
     assert_close(found, gradients(model, [ids], loss=loss), 1e-7)
 
 
-def test_bf16_bases_give_fp32_gradients():
+@pytest.mark.parametrize("count", [1, 2])
+def test_bf16_bases_give_fp32_gradients(count, form):
     exact, rounded = adapted_model(), adapted_model().bfloat16()
-    data = batches(2)
-    found = gradients(rounded, data)
+    data = batches(count)
+    found = gradients(rounded, data, **form)
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
     assert_close(found, gradients(exact, data), 0.1)
 
@@ -173,17 +187,18 @@ def dropping(kind="gpt2"):
     return adapted_model("gpt2", **rates).train()
 
 
-def test_dropout_is_off_and_results_repeat():
-    data = batches(2)
-    found = gradients(dropping(), data)
+@pytest.mark.parametrize("count", [1, 2])
+def test_dropout_is_off_and_results_repeat(count, form):
+    data = batches(count)
+    found = gradients(dropping(), data, **form)
     assert_close(found, gradients(adapted_model("gpt2"), data), 1e-6)
     torch.manual_seed(99)
-    again = gradients(dropping(), data)
+    again = gradients(dropping(), data, **form)
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_recomputes_and_gives_the_same(reentrant):
+def test_gradient_checkpointing_recomputes_and_gives_the_same(reentrant, form):
     data = batches(1)
     expected = gradients(adapted_model("llama"), data)
     model = adapted_model("llama").train()
@@ -192,12 +207,12 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same(reentrant):
     calls = []
     block = model.model.layers[0].mlp
     block.register_forward_pre_hook(lambda *_: calls.append(block.training))
-    assert_close(gradients(model, data), expected, 1e-6)
+    assert_close(gradients(model, data, **form), expected, 1e-6)
     assert calls == [False, False]  # once forward, once again in the backward pass
     assert model.model.layers[0].training
 
 
-def test_checkpointed_layers_do_not_drop_by_their_own_flag():
+def test_checkpointed_layers_do_not_drop_by_their_own_flag(form):
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
@@ -211,7 +226,7 @@ def test_checkpointed_layers_do_not_drop_by_their_own_flag():
     expected = gradients(model.eval(), data)
     model.train()
     model.activation_checkpointing_enable({"use_reentrant": False})
-    assert_close(gradients(model, data), expected, 1e-6)
+    assert_close(gradients(model, data, **form), expected, 1e-6)
 
 
 class Twice(nn.Module):
@@ -228,15 +243,65 @@ class Twice(nn.Module):
         return self.other(x)
 
 
-def test_a_gradient_in_two_parts_is_summed():
+def test_a_gradient_in_two_parts_is_summed(form):
     model = Twice()
     attach(model, LoRA(rank=2, targets=["layer", "other"]))
     x = torch.randn(3, 6, requires_grad=True)
     loss = lambda model, x: (model(x).square().mean(), torch.tensor(1))  # noqa: E731
-    found = gradients(model, [x], loss=loss)
+    found = gradients(model, [x], loss=loss, **form)
     model.layer.weight.requires_grad_(True)
     model(x).square().mean().backward()
     assert_close({"layer": found["layer"]}, {"layer": model.layer.weight.grad}, 1e-6)
+
+
+class Reader(nn.Module):
+    """Calls a layer once, and multiplies by its weight once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return nn.functional.linear(self.layer(input=x), self.layer.weight)
+
+
+def test_a_weight_that_is_read_as_well_gets_the_gradient_of_both_uses(form):
+    model, x = Reader(), torch.randn(3, 6)
+    attach(model, LoRA(rank=2, targets=["layer"]))
+    found = gradients(model, [x], loss=deep_loss, **form)
+    weight = model.layer.weight.detach().requires_grad_()
+    (weight @ (x @ weight.T + model.layer.bias).T).square().mean().backward()
+    assert_close(found, {"layer": weight.grad}, 1e-6)
+
+
+def test_a_gradient_of_few_tokens_is_never_formed():
+    model, shapes = Deep(), []
+    attach(model, LoRA(rank=2, targets=[f"layers.{n}" for n in range(6)]))
+
+    def consume(one, gradient):
+        shapes.append(gradient.left.shape if isinstance(gradient, Factored) else gradient.shape)
+
+    adapted = list(adapted_layers(model))
+    for tokens in (18, 19):  # of 37 columns each: 2 * 18 * 37 < 37 * 37 < 2 * 19 * 37
+        data = [torch.randn(tokens, 37)]
+        with Living(37 * 37, [layer.weight for layer in model.layers]) as mode:
+            each_gradient(model, adapted, data, consume, deep_loss, factored=True)
+        assert mode.most == (tokens == 19)
+    assert shapes == [(18, 37)] * 6 + [(37, 37)] * 6
+
+
+def test_a_start_that_knows_no_factors_is_given_whole_gradients(monkeypatch):
+    monkeypatch.setattr(gradient_factors, "is_smaller", lambda *_: True)
+
+    class Mine(LoRAGA):
+        reads_gradient = True
+
+        def __call__(self, weight, *rest, gradient, **more):
+            assert gradient.shape == weight.shape
+            return super().__call__(weight, *rest, gradient=gradient + 0, **more)
+
+    model = adapted_model()
+    assert len(initialise(model, Mine(), batches(1))) == 14
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -349,7 +414,8 @@ def same(before, after):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_model_and_the_random_state_are_as_before(fails, checkpointing):
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_model_and_the_random_state_are_as_before(fails, checkpointing, count, form):
     model = dropping()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -366,13 +432,13 @@ def test_the_model_and_the_random_state_are_as_before(fails, checkpointing):
 
     before = traces(model)
     try:
-        gradients(model, batches(2), loss=loss)
+        gradients(model, batches(count), loss=loss, **form)
     except ZeroDivisionError:
         assert fails
     same(before, traces(model))
 
 
-def test_a_consumer_that_fails_leaves_the_base_whole():
+def test_a_consumer_that_fails_leaves_the_base_whole(form):
     model = adapted_model()
     before = traces(model)
 
@@ -380,16 +446,16 @@ def test_a_consumer_that_fails_leaves_the_base_whole():
         raise KeyError(one.name)
 
     with pytest.raises(KeyError):
-        each_gradient(model, list(adapted_layers(model)), batches(1), consume)
+        each_gradient(model, list(adapted_layers(model)), batches(1), consume, **form)
     same(before, traces(model))
 
 
-def test_it_works_where_gradients_are_switched_off():
+def test_it_works_where_gradients_are_switched_off(form):
     model, data = adapted_model(), batches(1)
     expected = gradients(model, data)
     for switched_off in (torch.no_grad, torch.inference_mode):
         with switched_off():
-            assert_close(gradients(model, data), expected, 1e-7)
+            assert_close(gradients(model, data, **form), expected, 1e-6)
 
 
 # --- refusals ----------------------------------------------------------------------------------

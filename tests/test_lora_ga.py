@@ -13,7 +13,7 @@ from lit_adapters import DoRA, InstructionDataModule, LoRA, LoRAGA, PiSSA, attac
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.base_model import load_base, load_tokenizer
 from lit_adapters.gradients import each_gradient
-from lit_adapters.initialisers import Factors, named_generator
+from lit_adapters.initialisers import Factored, Factors, named_generator
 from lit_adapters.weights import as_matrix
 from tests import models
 
@@ -150,10 +150,32 @@ def test_a_start_does_not_depend_on_the_size_of_the_gradient():
         assert torch.allclose(small.abs(), large.abs(), atol=1e-3)
 
 
+@pytest.mark.parametrize("niter", [None, 4])
+@pytest.mark.parametrize("shape", [(112, 130), (130, 112)])
+def test_factors_of_a_gradient_start_as_their_product_does(shape, niter):
+    G = matrix(0, *shape)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    mix = torch.linalg.qr(torch.randn(90, 90, generator=torch.Generator().manual_seed(1))).Q
+    factors = Factored(
+        mix @ (U[:, :90] * S[:90].sqrt()).T, mix @ (S[:90].sqrt()[:, None] * Vh[:90])
+    )
+    assert torch.allclose(factors.dense(), truncated(G, 90), atol=1e-8)
+    found = start(factors, LoRAGA(niter=niter), weight=G)
+    expected = start(factors.dense(), LoRAGA(niter=niter), weight=G)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4 * other.abs().max())
+
+
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_gradients_without_a_direction_are_refused(bad):
     with pytest.raises(ValueError, match="zero, infinite or NaN"):
         start(torch.full((8, 8), bad))
+    for niter in (None, 4):  # of which one is found by iterating
+        with pytest.raises(ValueError, match="zero, infinite or NaN"):
+            start(torch.full((130, 130), bad), LoRAGA(niter=niter))
+        factors = Factored(torch.full((3, 130), bad), torch.ones(3, 130))
+        with pytest.raises(ValueError, match="zero, infinite or NaN"):
+            start(factors, LoRAGA(niter=niter), weight=torch.empty(130, 130))
 
 
 def test_settings_without_sense_are_refused():

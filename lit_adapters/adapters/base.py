@@ -63,7 +63,7 @@ class Adapter(nn.Module, ABC):
         layer: nn.Module,
         initialiser: Any,
         generator: Generator,
-        gradient: Tensor | None = None,
+        gradient: Any = None,
         dense: Tensor | None = None,
     ) -> None:
         """Take the start that ``initialiser`` computes, from ``gradient`` (out, in) if it reads it.

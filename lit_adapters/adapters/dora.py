@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_adapters.adapters.base import Adapted, AdapterSpec, bias_of
 from lit_adapters.adapters.lora import LoRA
 from lit_adapters.adapters.low_rank import LoRAAdapter
-from lit_adapters.initialisers import Factors, Initialiser
+from lit_adapters.initialisers import Factored, Factors, Initialiser
 from lit_adapters.weights import add_low_rank, per_output, weight_blocks
 from lit_adapters.weights.dropout import dropout
 
@@ -75,7 +75,7 @@ class DoRAAdapter(LoRAAdapter):
         layer: nn.Module,
         initialiser: Initialiser,
         generator: torch.Generator,
-        gradient: Tensor | None = None,
+        gradient: Tensor | Factored | None = None,
         dense: Tensor | None = None,
     ) -> None:
         """Take the start of an initialiser; the magnitude starts at the length of the rows."""

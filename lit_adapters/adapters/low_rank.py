@@ -1,7 +1,7 @@
 """The module of LoRA and its relatives: two thin factors, and where they started."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_adapters.adapters.base import Adapter, AdapterSpec
 from lit_adapters.adapters.shared_input import SharedInput
 from lit_adapters.adapters.taken import KeepsTaken
-from lit_adapters.initialisers import Factors, Initialiser, Kaiming, RewritesBase
+from lit_adapters.initialisers import Factored, Factors, Initialiser, Kaiming, RewritesBase
 from lit_adapters.weights import (
     add_low_rank,
     add_scaled,
@@ -76,7 +76,7 @@ class LoRAAdapter(KeepsTaken):
         layer: nn.Module,
         initialiser: Initialiser,
         generator: torch.Generator,
-        gradient: Tensor | None = None,
+        gradient: Tensor | Factored | None = None,
         dense: Tensor | None = None,
     ) -> None:
         """Take the start of ``initialiser``, from the loss's gradient (out, in) if it reads it.
@@ -103,7 +103,9 @@ class LoRAAdapter(KeepsTaken):
                 f"{type(initialiser).__name__} reads weights, and a {type(layer).__name__} is on "
                 "the meta device, without values; load the base first"
             )
-        gradients = [None] * self.groups if gradient is None else gradient.chunk(self.groups)
+        gradients: Sequence[Tensor | Factored | None] = [gradient] * self.groups
+        if isinstance(gradient, Tensor):  # layers whose gradient comes as factors are one block
+            gradients = gradient.chunk(self.groups)
         factors = [
             initialiser(
                 block,

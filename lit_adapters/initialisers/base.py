@@ -1,7 +1,7 @@
 """What an initialiser is, and how its random choices are seeded."""
 
 import hashlib
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class Initialiser(Protocol):
         """Whether the values of ``weight`` matter; if not, a meta tensor of its shape is passed."""
 
     @property
-    def reads_gradient(self) -> bool:
-        """Whether it needs ``gradient``, estimated on batches of real data."""
+    def reads_gradient(self) -> bool | Literal["factored"]:
+        """Whether it needs ``gradient``, estimated on real batches; perhaps as `Factored`."""
 
     @property
     def pins_origin(self) -> bool:
@@ -37,7 +37,7 @@ class Initialiser(Protocol):
         *,
         generator: torch.Generator,
         lookup: bool = False,
-        gradient: Tensor | None = None,  # (out, in), fp32
+        gradient: Any = None,  # (out, in), fp32; a Tensor, or `Factored` if that is read
     ) -> Factors:
         """Return the factors for ``weight``.
 

@@ -2,18 +2,23 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lit_adapters.initialisers.base import Factors
+from lit_adapters.initialisers.factored import Factored
 from lit_adapters.initialisers.svd import leading_svd
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "unit", "gd", "weight_svd"]
 
 ACCURACY = 0.05  # the square is the energy missed: less than another batch changes
+USELESS = (
+    "LoRAGA got a gradient that is zero, infinite or NaN; do the batches train any token, and does "
+    "the model's loss depend on this layer?"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class LoRAGA:
     scale: Scale = "stable"
     niter: int | None = 4
 
-    reads_gradient = True
+    reads_gradient: ClassVar[Literal["factored"]] = "factored"
     pins_origin = True
 
     def __post_init__(self) -> None:
@@ -61,7 +66,7 @@ class LoRAGA:
         scale: float,
         *,
         generator: torch.Generator,
-        gradient: Tensor | None = None,
+        gradient: Tensor | Factored | None = None,
         **unread: Any,
     ) -> Factors:
         """Return the factors for ``weight`` from its ``gradient``; both (out, in).
@@ -71,14 +76,13 @@ class LoRAGA:
         """
         if gradient is None:
             raise ValueError("LoRAGA needs gradients: call initialise(model, LoRAGA(), batches)")
-        least, most = (value.item() for value in gradient.aminmax())  # NaN, where there is one
-        if least == most == 0 or not math.isfinite(most - least):
-            raise ValueError(
-                "LoRAGA got a gradient that is zero, infinite or NaN; do the batches train any "
-                "token, and does the model's loss depend on this layer?"
-            )
         found = min(2 * rank, *gradient.shape)
-        U, _, Vh = leading_svd(gradient, found, self.niter, generator, ACCURACY)
+        ones = torch.ones(gradient.shape[1], 1, dtype=torch.float32, device=gradient.device)
+        if not (gradient @ ones).isfinite().all():  # infinity and NaN spread
+            raise ValueError(USELESS)
+        U, S, Vh = leading_svd(gradient, found, self.niter, generator, ACCURACY)
+        if not S[0] > 0:
+            raise ValueError(USELESS)
         for_A, for_B = _choose(self.direction, rank, found, generator)
         c = self._constant(weight, rank, scale, generator)
         return Factors(c * Vh[for_A], c * U[:, for_B])

@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from lit_adapters.initialisers.factored import Factored
+
 RANGE = math.log(1e12)  # between what a filter multiplies most and least: QR in fp32 keeps both
 MORE_COLUMNS = 16  # at least: as fast as fewer, and they tell a small rank from a flat rest
 
 
 def leading_svd(
-    matrix: Tensor,  # (m, n), fp32
+    matrix: Tensor | Factored,  # (m, n), fp32
     rank: int,
     niter: int | None,
     generator: torch.Generator,
@@ -21,7 +23,7 @@ def leading_svd(
     If iterated, the largest entry of each row of ``Vh`` is positive.
 
     Args:
-        matrix: Any real matrix in fp32.
+        matrix: Any real matrix in fp32, or its factors.
         rank: Triplets wanted; at most ``min(m, n)``.
         niter: Iterations at most, each a product with the matrix and one with its transpose; it
             ends sooner where that is accurate. None is the full SVD, and so is a rank at which
@@ -31,14 +33,19 @@ def leading_svd(
     """
     columns = rank + max(rank // 2, MORE_COLUMNS)
     if niter is None or 4 * columns > min(matrix.shape):
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        dense = matrix.dense() if isinstance(matrix, Factored) else matrix
+        U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
         return U[:, :rank], S[:rank], Vh[:rank]
-    size = max(torch.stack(matrix.aminmax()).abs().tolist())
-    size = 1.0 if size == 0 or 1e-9 < size < 1e9 else size  # else fourth powers would be lost
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix  # fewer rows to decompose
-    tall = tall if size == 1 else tall / size
-    U, S, Vh = _iterated(tall, rank, columns, niter, generator, accuracy)
+    shape = (tall.shape[1], columns)
+    test = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    image = tall @ test.to(tall.device)
+    size = image.abs().max().item()
+    size = 1.0 if size == 0 or 1e-9 < size < 1e9 else size  # else fourth powers would be lost
+    if size != 1:
+        tall, image = tall / size, image / size
+    U, S, Vh = _iterated(tall, image, rank, niter, accuracy)
     U, Vh = (Vh[:rank].T, U[:, :rank].T) if wide else (U[:, :rank], Vh[:rank])
     # Signs would hang on the last bits of the matrix, which are others on other devices.
     largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
@@ -47,22 +54,16 @@ def leading_svd(
 
 
 def _iterated(
-    matrix: Tensor,
-    rank: int,
-    columns: int,
-    niter: int,
-    generator: torch.Generator,
-    accuracy: float,
+    matrix: Tensor | Factored, image: Tensor, rank: int, niter: int, accuracy: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``columns`` triplets of a tall matrix, of which the first ``rank`` are accurate.
+    """Return triplets of a tall matrix, of which the first ``rank`` are accurate.
 
     A range finder (Halko et al., arXiv 0909.4061, algorithm 4.4), whose powers of ``W W^T`` are
     Chebyshev polynomials instead, as in arXiv 1805.10121: they grow fastest above the values that
-    are not wanted, of which the least one found is taken for the largest.
+    are not wanted, of which the least one found is taken for the largest. It starts from the
+    ``image`` of as many random vectors as there shall be triplets.
     """
-    shape = (matrix.shape[1], columns)
-    test = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    Q = torch.linalg.qr(matrix @ test.to(matrix.device)).Q
+    Q = torch.linalg.qr(image).Q
     while True:
         V, S, Zh = torch.linalg.svd(matrix.T @ Q, full_matrices=False)
         U = Q @ Zh.T
@@ -79,8 +80,8 @@ def _iterated(
         niter -= degree
         older, newer = U, image.mul_(2 / cut * S).sub_(U)
         for _ in range(degree - 1):  # T_{k+1} = 2 x T_k - T_{k-1} of x = 2 W W^T / cut - 1
-            next_ = torch.addmm(older, matrix, matrix.T @ newer, beta=-1, alpha=4 / cut)
-            older, newer = newer, next_.sub_(newer, alpha=2)
+            next_ = (matrix @ (matrix.T @ newer)).mul_(4 / cut)
+            older, newer = newer, next_.sub_(older).sub_(newer, alpha=2)
         Q = torch.linalg.qr(newer).Q
 
 
