@@ -74,9 +74,9 @@ def each_gradient(
         model: Holds the adapters, which are bypassed meanwhile.
         adapted: The layers wanted; a tied weight gets the gradient of its use in this layer.
         batches: What ``loss`` takes.
-        consume: Gets the gradient (out, in), fp32, on the weight's device. Should the backward
-            pass visit a layer twice (one module in several reentrant checkpoints), it is called for
-            it once more, with the sum, which counts.
+        consume: Gets the gradient (out, in), fp32, on the weight's device. Should it come in parts
+            (one module in several reentrant checkpoints; with factors, a weight that is also read
+            elsewhere), it is called for the layer once more, with the sum, which counts.
         loss: Returns the mean loss of a batch and its trained tokens; 0 leaves the batch out.
         gradient_bytes: Host memory for the sums; more takes one pass over the batches for each
             group of layers that fits, of one layer at least. None is no limit.
@@ -248,8 +248,8 @@ def _backward(
         matrix = as_matrix(one.layer, gradient.to_dense()).float()
         take(one, matrix.div_(LOSS_SCALE), tokens)
 
-    def hand_over_factors(one: Adapted, factors: Factored) -> None:
-        take(one, factors / LOSS_SCALE, tokens)
+    def hand_over_sum(one: Adapted, gradient: Tensor | Factored) -> None:
+        take(one, gradient / LOSS_SCALE, tokens)
 
     originals = [(one.layer, one.layer._parameters["weight"]) for one in adapted]
     handles: list[RemovableHandle] = []
@@ -259,8 +259,9 @@ def _backward(
             leaf = nn.Parameter(one.layer.get_parameter("weight").detach())
             leaf.register_post_accumulate_grad_hook(partial(hand_over, one))
             one.layer._parameters["weight"] = leaf
-            if factored and multiplies_rows(one.layer):
-                handles += take_factors(one.layer, leaf, partial(hand_over_factors, one))
+            # A forward of its own, as of accelerate's hooks, may do more than its class.
+            if factored and multiplies_rows(one.layer) and "forward" not in vars(one.layer):
+                handles += take_factors(one.layer, leaf, partial(hand_over_sum, one))
         mean, count = loss(model, batch)
         tokens = int(count)
         if tokens and mean.requires_grad:

@@ -274,6 +274,92 @@ def test_a_weight_that_is_read_as_well_gets_the_gradient_of_both_uses(form):
     assert_close(found, {"layer": weight.grad}, 1e-6)
 
 
+class Halves(nn.Module):
+    """Calls a layer on two parts of its input, one of which does not matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return torch.cat([self.layer(x[:2]), 0 * self.layer(x[2:])])
+
+
+@pytest.mark.parametrize(("most", "kind"), [(1, torch.Tensor), (3, torch.Tensor), (5, Factored)])
+def test_a_layer_that_is_called_twice_is_started_from_the_sum(most, kind, monkeypatch):
+    monkeypatch.setattr(gradient_factors, "is_smaller", lambda tokens, _: tokens <= most)
+    model, x = Halves(), torch.randn(5, 6)
+    attach(model, LoRA(rank=2, targets=["layer"]))
+    found = []
+    each_gradient(
+        model, list(adapted_layers(model)), [x], lambda _, g: found.append(g), deep_loss,
+        factored=True,
+    )  # fmt: skip
+    output = model.layer(x[:2])
+    assert [type(gradient) for gradient in found] == [kind]
+    assert_close({"": whole(found[0])}, {"": 2 * output.T @ x[:2] / 30}, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 2, 3, 6), (3, 0, 6)])
+def test_inputs_of_any_number_of_dimensions(shape, form):
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    attach(model, LoRA(rank=2, targets=["0", "2"]))
+    x = torch.randn(shape)
+    loss = lambda model, x: (model(x).square().sum(), torch.tensor(1))  # noqa: E731
+    found = gradients(model, [x], loss=loss, **form)
+    expected = {n: model[int(n)].weight.requires_grad_() for n in ("0", "2")}
+    loss(model, x)[0].backward()
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight.grad, atol=1e-6)
+
+
+def changes_input(layer):
+    layer.register_forward_pre_hook(lambda layer, args: (2 * args[0],))
+
+
+def changes_output(layer):
+    layer.register_forward_hook(lambda layer, args, output: 2 * output)
+
+
+def masks_weight(layer):
+    kept = []
+
+    def put(layer, args):
+        kept.append(layer.weight)
+        layer._parameters["weight"] = layer.weight * torch.eye(6)
+
+    def restore(layer, args, output):
+        layer._parameters["weight"] = kept.pop()
+
+    layer.register_forward_pre_hook(put)
+    layer.register_forward_hook(restore)
+
+
+def fetches_weight(layer):
+    value = 2 * layer.weight.detach()
+    layer.register_forward_pre_hook(lambda layer, args: setattr(layer.weight, "data", value))
+
+
+def computes_otherwise(layer):
+    layer.forward = lambda x: nn.functional.linear(x.relu(), layer.weight)
+
+
+@pytest.mark.parametrize(
+    "change", [changes_input, changes_output, masks_weight, fetches_weight, computes_otherwise]
+)
+def test_what_others_did_to_a_layer_is_differentiated_too(change, form):
+    model, x = Deep(depth=2, width=6), torch.randn(3, 6)
+    attach(model, LoRA(rank=2, targets=["layers.0", "layers.1"]))
+    change(model.layers[0])
+    found = gradients(model, [x], loss=deep_loss, **form)
+    weights = {f"layers.{n}": layer.weight for n, layer in enumerate(model.layers)}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    with bypassed(model):
+        deep_loss(model, x)[0].backward()
+    assert_close(found, {name: weight.grad for name, weight in weights.items()}, 1e-6)
+
+
 def test_a_gradient_of_few_tokens_is_never_formed():
     model, shapes = Deep(), []
     attach(model, LoRA(rank=2, targets=[f"layers.{n}" for n in range(6)]))

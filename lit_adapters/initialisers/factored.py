@@ -1,5 +1,6 @@
 """A matrix that is known by two factors: the gradient of a weight, on a batch of few tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,6 @@ class Factored:
         return self.left.T @ self.right
 
 
-def is_smaller(tokens: int, shape: tuple[int, int]) -> bool:
+def is_smaller(tokens: int, shape: Sequence[int]) -> bool:
     """Whether factors of so many rows are smaller than a matrix of this shape."""
     return tokens * sum(shape) < shape[0] * shape[1]
