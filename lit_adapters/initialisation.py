@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_adapters.adapters import METHOD, Adapted, Adapter
@@ -64,7 +65,8 @@ def initialise(
         generator = named_generator(one.name, seed)
         remember(one)
         try:
-            one.adapter.start(one.layer, initialiser, generator, gradient)
+            with _in_full_precision(one.layer):
+                one.adapter.start(one.layer, initialiser, generator, gradient)
         except ValueError as error:
             raise ValueError(f"{one.name}: {error}") from error
         if progress is not None:
@@ -119,7 +121,9 @@ def _rewrite(
         dense = in_fp32(weights[one.name], one.layer)
         remember(one)
         done.append(one)
-        one.adapter.start(one.layer, initialiser, named_generator(one.name, seed), dense=dense)
+        generator = named_generator(one.name, seed)
+        with _in_full_precision(one.layer):
+            one.adapter.start(one.layer, initialiser, generator, dense=dense)
 
     try:
         with _all_or_none() as remember:
@@ -135,6 +139,12 @@ def _rewrite(
         raise
     for _, adapter in with_taken(adapted):
         adapter.taken_from = digest
+
+
+def _in_full_precision(layer: nn.Module) -> torch.autocast:
+    """A caller's autocast is for the passes over the batches."""
+    device = next(layer.parameters()).device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)  # knows no meta
 
 
 @contextmanager

@@ -320,6 +320,23 @@ def test_starts_repeat_and_leave_the_global_random_state():
         assert torch.equal(a.lora_B, b.lora_B)
 
 
+def test_autocast_is_for_the_passes_and_not_for_the_start():
+    def rows(dtype, size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 200))
+        attach(model, LoRA(rank=4, targets=["0", "2"]), seed=0)
+        loss = lambda model, x: (model(x).float().square().mean() * size, torch.tensor(1))  # noqa: E731
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            initialise(model, LoRAGA(), [torch.randn(9, 200)], loss=loss)
+        B = model[2].adapter.lora_B.detach()
+        return B @ B.T  # whatever the signs
+
+    exact = rows(None, 1.0)
+    for size in (1e-4, 1.0, 1e3):  # neither lost nor infinite in fp16
+        found = rows(torch.float16, size)
+        assert (found - exact).norm() < 1e-2 * exact.norm(), size
+
+
 # --- on text that was not seen -----------------------------------------------------------------
 
 
