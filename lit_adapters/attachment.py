@@ -155,7 +155,7 @@ def apply_adapters(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """The forward hook of every adapted layer (at module level, so that models pickle)."""
-    if is_held_elsewhere(output):
+    if is_held_elsewhere(output) and any(adapter.active for adapter in adapters_of(layer)):
         output = output.clone(memory_format=torch.contiguous_format)  # adapters may write to it
     for adapter in adapters_of(layer):
         if adapter.active:

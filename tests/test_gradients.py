@@ -376,6 +376,22 @@ def test_a_gradient_of_few_tokens_is_never_formed():
     assert shapes == [(18, 37)] * 6 + [(37, 37)] * 6
 
 
+def test_neither_an_output_nor_the_wide_factor_is_copied(monkeypatch):
+    monkeypatch.setattr(gradient_factors, "is_smaller", lambda *_: True)
+    model = nn.Sequential(nn.Linear(4, 90), nn.Tanh(), nn.Linear(90, 4))
+    attach(model, LoRA(rank=2, targets=["0", "2"]))
+    inputs, makers, found = [], [], {}
+    for layer in (model[0], model[2]):
+        layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0].data_ptr()))
+        layer.register_forward_hook(lambda layer, args, out: makers.append(out.grad_fn.name()))
+    consume = lambda one, gradient: found.__setitem__(one.name, gradient)  # noqa: E731
+    data = [torch.randn(3, 4)]
+    each_gradient(model, list(adapted_layers(model)), data, consume, deep_loss, factored=True)
+    assert makers == ["_WatchedBackward"] * 2  # no clone
+    assert found["2"].right.data_ptr() == inputs[1]
+    assert found["0"].right.data_ptr() != inputs[0]  # the narrow one is scaled
+
+
 def test_a_start_that_knows_no_factors_is_given_whole_gradients(monkeypatch):
     monkeypatch.setattr(gradient_factors, "is_smaller", lambda *_: True)
 

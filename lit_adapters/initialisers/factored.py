@@ -38,7 +38,9 @@ class Factored:
         return self.left.T @ (self.right @ columns)
 
     def __truediv__(self, divisor: float) -> "Factored":
-        return Factored(self.left / divisor, self.right)
+        if self.left.shape[1] < self.right.shape[1]:  # the narrower one is what is copied
+            return Factored(self.left / divisor, self.right)
+        return Factored(self.left, self.right / divisor)
 
     def dense(self) -> Tensor:
         """The matrix (m, n)."""
