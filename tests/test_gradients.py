@@ -470,7 +470,7 @@ def test_one_batch_never_holds_two_gradients():
     assert living(train) == 6  # the measure sees what autograd alone holds
 
 
-def test_a_consumed_gradient_is_gone_before_the_next():
+def test_a_consumed_gradient_is_gone_before_the_next(form):
     model, alive, most = adapted_model(), [], []
 
     def consume(one, gradient):
@@ -478,7 +478,7 @@ def test_a_consumed_gradient_is_gone_before_the_next():
         most.append(sum(r() is not None for r in alive))
         assert all(layer.weight.grad is None for _, layer, _ in adapted_layers(model))
 
-    each_gradient(model, list(adapted_layers(model)), batches(1), consume)
+    each_gradient(model, list(adapted_layers(model)), batches(1), consume, **form)
     assert max(most) == 1
     assert len(most) == 14
 
@@ -540,6 +540,17 @@ def test_the_model_and_the_random_state_are_as_before(fails, checkpointing, coun
     same(before, traces(model))
 
 
+def test_a_forward_that_fails_leaves_the_base_whole(form):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(7, 6))
+    attach(model, LoRA(rank=2, targets=["0", "1"]))
+    weight, hooks = model[1].weight, dict(model[1]._forward_hooks)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        gradients(model, [torch.ones(3, 6)], loss=deep_loss, **form)
+    assert model[1].weight is weight
+    assert not weight.requires_grad
+    assert (dict(model[1]._forward_hooks), len(model[1]._forward_pre_hooks)) == (hooks, 0)
+
+
 def test_a_consumer_that_fails_leaves_the_base_whole(form):
     model = adapted_model()
     before = traces(model)
@@ -558,6 +569,23 @@ def test_it_works_where_gradients_are_switched_off(form):
     for switched_off in (torch.no_grad, torch.inference_mode):
         with switched_off():
             assert_close(gradients(model, data, **form), expected, 1e-6)
+
+
+def test_a_compiled_model_is_run_as_it_is(form):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model, x = Deep(depth=2, width=6), torch.randn(3, 6)
+    attach(model, LoRA(rank=2, targets=["layers.0", "layers.1"]))
+    expected = gradients(model, [x], loss=deep_loss)
+    model.compile(backend=backend)
+    assert_close(gradients(model, [x], loss=deep_loss, **form), expected, 1e-6)
+    assert not graphs
+    model(x)
+    assert graphs  # the stance is as it was
 
 
 # --- refusals ----------------------------------------------------------------------------------
