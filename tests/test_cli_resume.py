@@ -82,12 +82,21 @@ def test_a_config_cannot_call_the_system(tmp_path, capsys):
     assert "os" in capsys.readouterr().err
 
 
-def test_a_fit_that_was_done_says_that_nothing_is_trained(first, tmp_path, capsys):
-    same = ["--trainer.max_steps=5", "--model.adapter.init_args.rank=4", "--model.warmup=0"]
-    command(tmp_path, *same, f"--ckpt_path={first['path']}")
+@pytest.mark.parametrize(
+    ("limits", "reached"),
+    [
+        (["--trainer.max_steps=5"], "where max_steps 5 ends"),
+        (["--trainer.max_steps=9", "--trainer.max_epochs=0"], "where max_epochs 0 ends"),
+        (["--trainer.max_steps=9", "--trainer.limit_train_batches=0"], None),
+    ],
+)
+def test_a_fit_that_was_done_says_that_nothing_is_trained(first, tmp_path, capsys, limits, reached):
+    same = ["--model.adapter.init_args.rank=4", "--model.warmup=0"]
+    command(tmp_path, *same, *limits, f"--ckpt_path={first['path']}")
     said = " ".join(capsys.readouterr().out.split())
     assert "nothing: the checkpoint stands at step 5" in said
-    assert "max_steps 5" in said
+    assert reached is None or reached in said
+    assert ("raise it" in said) == (reached is not None)
 
 
 def test_a_fit_that_goes_on_does_not_say_so(first, tmp_path, capsys):

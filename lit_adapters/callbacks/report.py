@@ -55,8 +55,7 @@ class RunReport(Callback):
         if not self.trained and trainer.ckpt_path is not None:
             rows["trained"] = (
                 f"nothing: the checkpoint stands at step {trainer.global_step:,}, epoch "
-                f"{trainer.current_epoch}, where max_steps {trainer.max_steps} or max_epochs "
-                f"{trainer.max_epochs} ends; raise it to go on"
+                f"{trainer.current_epoch}{_where_it_ends(trainer)}"
             )
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, AdapterCheckpoint) and callback.adapter_path:
@@ -64,6 +63,19 @@ class RunReport(Callback):
                 if callback.last_model_path:
                     rows["to resume"] = f"--ckpt_path {_relative(Path(callback.last_model_path))}"
         _print(trainer, "Done", rows)
+
+
+def _where_it_ends(trainer: Trainer) -> str:
+    limits = {
+        "max_steps": (trainer.global_step, trainer.max_steps),
+        "max_epochs": (trainer.current_epoch, trainer.max_epochs),
+    }
+    reached = [
+        f"{name} {limit}"
+        for name, (done, limit) in limits.items()
+        if limit not in (None, -1) and done >= limit
+    ]  # none, if `max_time` is over or there is no batch
+    return f", where {' and '.join(reached)} ends; raise it to go on" if reached else ""
 
 
 def _print(trainer: Trainer, title: str, rows: dict[str, str]) -> None:
