@@ -17,7 +17,7 @@ Take = Callable[[Tensor | Factored], None]
 def take_factors(
     layer: nn.Module, leaf: nn.Parameter, take: Take
 ) -> tuple[RemovableHandle, RemovableHandle]:
-    """Let calls of ``layer`` hand over their gradient when it appears, if factors are smaller.
+    """Let calls of ``layer`` hand over their gradient when it appears, if factors take no room.
 
     ``leaf`` then gets no gradient of these calls, but still of whatever else uses it.
 
@@ -25,7 +25,7 @@ def take_factors(
         layer: Multiplies rows by a matrix, and does nothing else.
         leaf: Its weight.
         take: Gets the gradient (out, in): the sum over all calls that a backward pass visits, as
-            factors (of what came out, and what went in) where those are smaller than the matrix.
+            factors (of what came out, and what went in) where those take no more room.
 
     Returns:
         Handles that end it.
@@ -43,7 +43,7 @@ def take_factors(
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = _input(args, kwargs)
         is_own = layer._parameters["weight"] is leaf  # and not what another hook made of it
-        if is_own and is_smaller(x.numel() // x.shape[-1], matrix_shape(layer)):
+        if is_own and _takes_no_room(x, matrix_shape(layer)):
             leaf.requires_grad_(False)
 
     def after(
@@ -67,11 +67,16 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return x
 
 
+def _takes_no_room(x: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether factors are smaller than the matrix, or are there anyway, in fp32."""
+    return x.dtype == torch.float32 or is_smaller(x.numel() // x.shape[-1], shape)
+
+
 def _sum(total: Tensor | Factored, more: Factored) -> Tensor | Factored:
     if isinstance(total, Factored):
         if is_smaller(len(total.left) + len(more.left), more.shape):
-            pairs = (total.left, more.left), (total.right, more.right)
-            return Factored(*map(torch.cat, pairs))
+            left = torch.cat((total.left, more.left))
+            return Factored(left, torch.cat((total.right, more.right)))
         total = total.dense()
     return total.addmm_(more.left.T, more.right)
 

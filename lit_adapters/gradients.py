@@ -83,7 +83,7 @@ def each_gradient(
         reduce: Returns the sum of a tensor over all ranks, each of which calls this with batches
             of its own: the gradient is then that of all their tokens. None if this is the only one.
         factored: With one batch, hand over a gradient as `Factored`, what went into the layer and
-            the gradient of what came out, where those are smaller. The matrix is then not formed.
+            the gradient of what came out, where those take no more room. The matrix is not formed.
 
     Raises:
         ValueError: if there is no batch or no trained token, or a layer has no gradient.

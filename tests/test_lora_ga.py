@@ -152,14 +152,17 @@ def test_a_start_does_not_depend_on_the_size_of_the_gradient():
 
 @pytest.mark.parametrize("niter", [None, 4])
 @pytest.mark.parametrize("shape", [(112, 130), (130, 112)])
-def test_factors_of_a_gradient_start_as_their_product_does(shape, niter):
+@pytest.mark.parametrize("tokens", [30, 90])  # of which the matrix is formed first
+def test_factors_of_a_gradient_start_as_their_product_does(shape, niter, tokens):
     G = matrix(0, *shape)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    mix = torch.linalg.qr(torch.randn(90, 90, generator=torch.Generator().manual_seed(1))).Q
-    factors = Factored(
-        mix @ (U[:, :90] * S[:90].sqrt()).T, mix @ (S[:90].sqrt()[:, None] * Vh[:90])
+    mix = torch.linalg.qr(torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(1))).Q
+    roots = S[:tokens].sqrt()
+    factors = (
+        Factored(mix @ (U[:, :tokens] * roots).T, mix @ (roots[:, None] * Vh[:tokens]), 2.0) / 2
     )
-    assert torch.allclose(factors.dense(), truncated(G, 90), atol=1e-8)
+    assert torch.allclose(factors.dense(), truncated(G, tokens), atol=1e-8)
+    assert factors.multiplies_faster(240) == (tokens == 30)  # 24 columns, ten times
     found = start(factors, LoRAGA(niter=niter), weight=G)
     expected = start(factors.dense(), LoRAGA(niter=niter), weight=G)
     for one, other in zip(found, expected, strict=True):

@@ -36,6 +36,8 @@ def leading_svd(
         dense = matrix.dense() if isinstance(matrix, Factored) else matrix
         U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
         return U[:, :rank], S[:rank], Vh[:rank]
+    if isinstance(matrix, Factored) and not matrix.multiplies_faster(columns * (2 * niter + 2)):
+        matrix = matrix.dense()
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix  # fewer rows to decompose
     shape = (tall.shape[1], columns)
