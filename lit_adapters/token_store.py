@@ -31,6 +31,7 @@ class TokenStore:
         self.reports: dict[str, LengthReport] = {}
         self._tokens: dict[str, list[Tokens]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._size = 0  # of its vocabulary, which an adapter's new tokens enlarge
         self._recorded: Prompting | None = None  # what loaded adapters said
 
     def ask_as(self, recorded: Prompting | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -62,8 +63,8 @@ class TokenStore:
         loggers: Iterable[Logger] = (),
     ) -> list[Tokens]:
         """Return the tokens of a split, of all sources or of one; log their statistics once."""
-        if tokenizer is not self._tokenizer:
-            self._tokenizer = tokenizer
+        if tokenizer is not self._tokenizer or len(tokenizer) != self._size:
+            self._tokenizer, self._size = tokenizer, len(tokenizer)
             self.forget()
         name = split if source is None else f"{split}/{source}"
         if name not in self._tokens:

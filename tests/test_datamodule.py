@@ -267,6 +267,17 @@ def test_setup_tokenises_once_per_tokenizer_and_reports(source, caplog):
     assert set(data.reports) == {"validation"}
 
 
+def test_tokens_are_made_again_when_the_tokenizer_has_learnt_some(source):
+    """As from an adapter's `new_tokens`, after the data was looked at."""
+    tokenizer = word_tokenizer()
+    data = make_data(source, tokenizer=tokenizer)
+    before = data.tokens("train")
+    new = len(tokenizer)
+    tokenizer.add_tokens(["a b"])
+    assert not any(new in one["input_ids"] for one in before)
+    assert any(new in one["input_ids"] for one in data.tokens("train"))
+
+
 def test_a_missing_tokenizer_is_an_error_with_the_remedy(source, tmp_path):
     with pytest.raises(ValueError, match=r"there is no trainer; give InstructionDataModule\(token"):
         make_data(source).setup("fit")
