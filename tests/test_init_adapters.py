@@ -138,6 +138,21 @@ def test_a_second_fit_keeps_what_was_trained(tmp_path):
     assert module.net[0].adapter.lora_A.eq(7.0).all()
 
 
+@pytest.mark.parametrize("first", [None, PiSSA()], ids=["default", "pinned"])
+def test_another_callback_does_not_throw_away_what_was_trained(tmp_path, first):
+    """One is made for each trainer, as by a function that builds both."""
+    module = Foreign()
+    fit(module, InitAdapters(first), tmp_path)
+    fit(module, InitAdapters(PiSSA()), tmp_path)  # the rate is 0: nothing was trained
+    with torch.no_grad():
+        module.net[3].adapter.lora_B.add_(0.5)
+    trained = values(module)
+    with pytest.raises(ValueError, match=r"'3' holds what was trained.*InitAdapters\(PiSSA\)"):
+        fit(module, InitAdapters(PiSSA()), tmp_path)
+    assert_equal(values(module), trained)
+    fit(module, InitAdapters(), tmp_path)
+
+
 def test_no_initialiser_is_the_default_start(tmp_path):
     module, trained = Foreign(), Foreign()
     fit(module, InitAdapters(), tmp_path)

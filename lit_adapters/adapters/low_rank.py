@@ -147,8 +147,13 @@ class LoRAAdapter(KeepsTaken):
 
     def unmoved(self) -> bool:
         """Whether the product is zero, though the scale is not and nothing is pinned."""
-        still = not self.lora_A.any() or not self.lora_B.any()
-        return self.scale != 0 and not self.pinned and bool(still)
+        return self.scale != 0 and not self.pinned and self.is_bare()
+
+    def is_bare(self) -> bool:
+        """Whether the product, less the pinned origin, is zero: nothing was trained or loaded."""
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            return torch.equal(self.lora_A, self.lora_A0) and torch.equal(self.lora_B, self.lora_B0)
+        return not self.lora_A.any() or not self.lora_B.any()
 
     @property
     def pinned(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_adapters.adapters import METHOD, Adapter
+from lit_adapters.adapters.low_rank import LoRAAdapter
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.callbacks.adapted_children import adapted_children
 from lit_adapters.callbacks.first_batches import first_batches
@@ -30,8 +31,8 @@ class InitAdapters(Callback):
     `AdapterFineTuneModule` asks for it while it builds its model, before anything is sharded. In
     any other LightningModule it acts in `setup` on adapters attached in ``__init__``. Skipped when
     the run resumes from a checkpoint that is known by then; where it is not, the checkpoint
-    overwrites the start. Several devices take gradients on the batches of all, and start from what
-    the first one computes of them.
+    overwrites the start. Adapters that hold what was trained or loaded are refused. Several devices
+    take gradients on the batches of all, and start from what the first one computes of them.
 
     An initialiser that reads gradients gets the first training batches of the trainer's own data.
     Their loss is the module's ``nll(batch)`` (summed loss, trained tokens) if it has that method,
@@ -93,6 +94,7 @@ class InitAdapters(Callback):
                 for adapter in adapters:
                     adapter.make_room()
             return
+        self._check_bare(model)
         begun = time.perf_counter()
         with _ordinary_tensors():
             self.initialised = self._run(self.initialiser, pl_module, model)
@@ -102,6 +104,16 @@ class InitAdapters(Callback):
                 values = {key: value.cpu() for key, value in adapter.state_dict().items()}
                 adapter.load_state_dict(trainer.strategy.broadcast(values))
         self._report(trainer, adapters, time.perf_counter() - begun)
+
+    def _check_bare(self, model: nn.Module) -> None:
+        for name, _, adapter in adapted_layers(model, METHOD):
+            if isinstance(adapter, LoRAAdapter) and not adapter.is_bare():
+                raise ValueError(
+                    f"the adapter of {name!r} holds what was trained or loaded before this fit, "
+                    f"and InitAdapters({type(self.initialiser).__name__}) would throw that away; "
+                    "leave the callback out to go on from there, or start from a model without "
+                    "adapters"
+                )
 
     def adopt(self, pl_module: LightningModule, model: nn.Module) -> None:
         """Take the adapters of ``model``, which another rank may have initialised, for done."""
