@@ -6,11 +6,12 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_adapters.adapters import AdapterSpec, LoRA
+from lit_adapters.adapters import METHOD, AdapterSpec, LoRA
 from lit_adapters.agreement import compare, settings_of, start_of, structure_of
 from lit_adapters.attachment import adapted_layers, attach
 from lit_adapters.base_model import Dtype, load_base, load_tokenizer
@@ -55,7 +56,8 @@ class AdapterFineTuneModule(CausalLMModule):
     Args:
         base: The model: ``tiny`` (embedded, works offline), a local folder or a hub id. From code
             also a model that is already built.
-        adapter: What to train beside the frozen base; LoRA of rank 8 on all linear layers if null.
+        adapter: What to train beside the frozen base; null is what a model passed in holds already,
+            else LoRA of rank 8 on all linear layers.
         tokenizer: Folder or hub id of the tokenizer, or the tokenizer; that of the base if null.
         optimizer: Called with the parameter groups. AdamW at 2e-4 without decay if null.
         lr_scheduler: Decay after the warm-up: cosine, linear or constant; or a scheduler class,
@@ -107,9 +109,22 @@ class AdapterFineTuneModule(CausalLMModule):
         self.base = base if isinstance(base, str) else None
         if isinstance(base, nn.Module):
             self.model = cast(PreTrainedModel, base)  # once: two names would be saved twice
+            given = {
+                "quantization": quantization is not None,
+                "dtype": dtype != "auto",
+                "revision": revision is not None,
+                "attn_implementation": attn_implementation is not None,
+            }
+            if any(given.values()):
+                raise ValueError(
+                    f"{', '.join(name for name in given if given[name])} would say how a base is "
+                    "loaded, and here it is passed in as a model: load it like that, or name its "
+                    "folder or hub id as the base"
+                )
         # No default instance: the command line would hand its settings to another class named.
-        chosen = adapter or LoRA()
+        chosen = adapter or (isinstance(base, nn.Module) and _spec_of(base)) or LoRA()
         self.adapter = spec_from_plain(chosen) if isinstance(chosen, Mapping) else chosen
+        self._chose_adapter = adapter is not None
         self.optimizer_factory = optimizer or default_optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup = warmup
@@ -208,7 +223,16 @@ class AdapterFineTuneModule(CausalLMModule):
                 compute_dtype(self.dtype_of_base, precision),
                 self._trainer.strategy.root_device if self._trainer else None,
             )
-        if not any(adapted_layers(self.model)):  # a model passed in may be adapted already
+        held = _spec_of(self.model)  # a model passed in may be adapted already
+        if held is not None and self._chose_adapter:
+            if held != self.adapter:
+                raise ValueError(
+                    f"the model passed in holds adapters already, {held}, and {self.adapter} was "
+                    "asked for; leave `adapter` out to train those, or call `detach` or `merge` "
+                    "first"
+                )
+            rank_zero_info("The model passed in holds such adapters already; they are trained on.")
+        if held is None:
             tokenizer = self.tokenizer if self.adapter.reads_text else None
             attach(self.model, self.adapter, tokenizer=tokenizer)
         if self.recompute_every:
@@ -316,6 +340,11 @@ class AdapterFineTuneModule(CausalLMModule):
         """Refuse a checkpoint that does not hold exactly what is trained here."""
         check_trained(self, checkpoint["state_dict"])
         rewrite_for(self.model, checkpoint["state_dict"], "model.")
+
+
+def _spec_of(model: nn.Module) -> AdapterSpec | None:
+    held = next(adapted_layers(model, METHOD), None)
+    return None if held is None else cast(AdapterSpec, held.adapter.spec)
 
 
 def default_optimizer(groups: Any) -> Optimizer:

@@ -452,6 +452,45 @@ def test_checkpoints_with_base_as_folder_and_as_model_are_interchangeable(tmp_pa
     assert trainer.global_step == 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quantization": "nf4", "revision": "main"}, "quantization, revision would say"),
+        ({"dtype": "bfloat16"}, "dtype would say"),
+        ({"attn_implementation": "eager"}, "attn_implementation would say"),
+    ],
+)
+def test_what_says_how_to_load_a_base_is_not_ignored_of_a_model(settings, named):
+    with pytest.raises(ValueError, match=named):
+        make(llama(), **settings)
+
+
+def test_adapters_on_a_model_passed_in_are_trained_or_refused(tmp_path, caplog):
+    """As where modules of a search share one model: no setting is ignored."""
+    model, data = llama(), in_batches(examples(4), 2)
+    fit(tmp_path, make(model, adapter=LoRA(rank=2), optimizer=adamw), data)
+    trained = trainable(model)
+    with pytest.raises(ValueError, match=r"holds adapters already.*rank=2.*rank=16.*detach"):
+        fit(tmp_path, make(model, adapter=LoRA(rank=16)), data)
+    assert all(torch.equal(trained[n], value) for n, value in trainable(model).items())
+    assert not any("trained on" in record.getMessage() for record in caplog.records)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, make(model, adapter=LoRA(rank=2)), data)
+    assert any("trained on" in record.getMessage() for record in caplog.records)
+    module = make(model, adapter=None)
+    assert module.hparams["adapter"]["init_args"]["rank"] == 2
+    fit(tmp_path, module, data)
+
+
+def test_new_tokens_on_a_model_passed_in_are_known_to_a_tokenizer_by_name(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "words")
+    model = llama(vocab_size=len(tokenizer))
+    attach(model, LoRA(rank=2, new_tokens=["<tool>"]), tokenizer=word_tokenizer())
+    module = AdapterFineTuneModule(model, tokenizer=str(tmp_path / "words"))
+    assert module.tokenizer.convert_tokens_to_ids("<tool>") == len(tokenizer)
+
+
 def test_tokenizer_is_the_one_passed_or_that_of_the_base(folder_of_base):
     tokenizer = word_tokenizer()
     assert make(llama(), tokenizer=tokenizer).tokenizer is tokenizer
