@@ -1,6 +1,7 @@
 """Checkpoints hold the adapter and not the base, come when they are due and never half written."""
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,67 @@ def test_one_callback_serves_two_fits(tmp_path):
     os.remove(tmp_path / "out" / "last.ckpt")
     make_trainer(tmp_path, callback).fit(module, Batches(4))
     assert step_in(tmp_path / "out" / "last.ckpt") == 4
+
+
+class ByHand(Foreign):
+    """Two optimizers, which step one behind the other in each batch but the first ``alone``."""
+
+    def __init__(self, alone):
+        super().__init__()
+        self.alone = alone
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers[: 1 if batch_idx < self.alone else 2]:
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [torch.optim.SGD(some, lr=0.1) for some in (parameters[::2], parameters[1::2])]
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_last_is_written_though_batches_step_past_the_interval(tmp_path, alone):
+    file = tmp_path / "out" / "last.ckpt"
+    look = EachStep(lambda trainer: (trainer.global_step, step_in(file)))
+    callback = AdapterCheckpoint(tmp_path / "out", every_n_train_steps=4)
+    make_trainer(tmp_path, callback, look).fit(ByHand(alone), Batches(8))
+    # As above, the batch after sees it; one is of two steps.
+    assert all(step < 7 or (written or 0) > step - 4 - 2 for step, written in look.seen)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_the_last_state_is_validated_though_a_batch_steps_past_the_end(tmp_path, steps):
+    callback = AdapterCheckpoint(tmp_path / "out")
+    trainer = make_trainer(tmp_path, callback, max_epochs=-1, max_steps=steps)
+    trainer.fit(ByHand(alone=0), Batches(8), Batches(1))
+    assert step_in(tmp_path / "out" / "best.ckpt") == trainer.global_step == 2 * -(-steps // 2)
+
+
+def test_the_best_of_another_module_is_not_compared(tmp_path):
+    """One callback serves a search: the folder beside it is of the module that was fitted last."""
+    callback = AdapterCheckpoint(tmp_path / "out")
+    for value in (1.0, 2.0):
+        module = Scripted([value])
+        make_trainer(tmp_path, callback).fit(module, Batches(2), Batches(1))
+        assert callback.best_model_score == value
+        fresh = llama()
+        load_adapter(fresh, callback.adapter_path)
+        expected = trainable(module.net)
+        assert all(torch.equal(expected[n], v) for n, v in trainable(fresh).items())
+    make_trainer(tmp_path, callback).fit(module, Batches(2))  # the same one, and no validation
+    assert callback.best_model_score == 2.0
+    pickle.loads(pickle.dumps(callback))
+
+
+def test_a_better_state_at_the_step_where_an_earlier_fit_ended_is_kept(tmp_path):
+    callback, module = AdapterCheckpoint(tmp_path / "out"), Scripted([2.0, 1.0])
+    for value in (2.0, 1.0):
+        make_trainer(tmp_path, callback).fit(module, Batches(2), Batches(1))
+        assert callback.best_model_score == value
 
 
 class Scripted(Foreign):

@@ -1,10 +1,13 @@
 """Checkpoints that hold the adapter and not the frozen base, written so that a kill is harmless."""
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from weakref import ref
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -93,6 +96,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._due = False  # whether last.ckpt waits for a validation to pass
         self._whole = True  # whether the present batch ended an accumulation window
         self._restored: Mapping[str, Any] | None = None
+        self._module: ref[LightningModule] | None = None  # of the last fit
         self._validation_is_ahead = False  # of what was restored
         self._stopping = Stopping(enabled=save_last)
         self._load_check = LoadCheck()
@@ -110,8 +114,24 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._stopping.begin()
         pl_module.strict_loading = False  # the load check is strict about what is trained
         self._load_check.begin(trainer, pl_module, self.check_base)
-        if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer):
-            check_writable(Path(str(self.dirpath)))
+        if stage == "fit":
+            if self._module is not None and self._module() is not pl_module:
+                self._forget_best()
+            self._module = ref(pl_module)
+            self._last_global_step_saved = 0  # of this fit; Lightning saves no step twice
+            if trainer.is_global_zero and not is_dry_run(trainer):
+                check_writable(Path(str(self.dirpath)))
+
+    def _forget_best(self) -> None:
+        """Compare no other module with that of an earlier fit."""
+        self.best_k_models, self.best_model_score, self.current_score = {}, None, None
+        self.best_model_path = self.kth_best_model_path = ""
+        self.kth_value = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+        self.adapter_path = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the module, which a launcher sends by itself."""
+        return {**vars(self), "_module": None}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recognise the base before anything is trained."""
@@ -144,11 +164,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         """
         step = trainer.global_step
         self._whole = step > self._steps_before
-        if step == trainer.max_steps:
+        if 0 <= trainer.max_steps <= step:  # above it where several optimizers step in one batch
             trainer.should_stop = True  # Lightning then validates: the last state may be the best
         if not self._whole:
             return
-        if step % self.interval == 0 or trainer.should_stop:
+        if step // self.interval > self._steps_before // self.interval or trainer.should_stop:
             self._due = True
         if trainer.is_last_batch:
             return
@@ -235,7 +255,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if point is None:
             return
         # From its last step Lightning resumes nothing, no validation.
-        at_end = trainer.global_step == trainer.max_steps
+        at_end = 0 <= trainer.max_steps <= trainer.global_step
         if not (at_end and point.validation_is_ahead and self._last_step >= 0):
             self._write_last(trainer)
         if at_end and not self.best_model_path:
