@@ -49,7 +49,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     Weights are fp32 safetensors; those of full fine-tuning keep their own dtype.
 
     Raises:
-        ValueError: if the model holds no adapters.
+        ValueError: if the model holds no adapters, or some of different settings.
     """
     adapted = list(adapted_layers(model))
     config = peft_config(model, adapted)
@@ -89,7 +89,7 @@ def peft_config(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> d
         adapted: All of them, if they are known.
 
     Raises:
-        ValueError: if the model holds no adapters.
+        ValueError: if the model holds no adapters, or some of different settings.
     """
     adapted = list(adapted_layers(model)) if adapted is None else adapted
     if not adapted:
@@ -109,7 +109,15 @@ def peft_config(model: nn.Module, adapted: Sequence[Adapted] | None = None) -> d
 
 def _filed(adapted: Sequence[Adapted]) -> AdapterSpec:
     """The settings that a file of these adapters states."""
-    adapters = [one.adapter for one in adapted if one.adapter.slot == METHOD]
+    held = [one for one in adapted if one.adapter.slot == METHOD]
+    other = next((one for one in held if one.adapter.spec != held[0].adapter.spec), None)
+    if other is not None:
+        raise ValueError(
+            f"the adapters of {held[0].name!r} and {other.name!r} were attached by different "
+            f"settings, {held[0].adapter.spec} and {other.adapter.spec}, and one folder can state "
+            "one; save the models that they belong to one by one"
+        )
+    adapters = [one.adapter for one in held]
     return cast(AdapterSpec, adapters[0].spec).filed(adapters)
 
 

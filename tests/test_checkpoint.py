@@ -12,7 +12,15 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 
-from lit_adapters import AdapterCheckpoint, AdapterFineTuneModule, LoRA, attach, load_adapter
+from lit_adapters import (
+    AdapterCheckpoint,
+    AdapterFineTuneModule,
+    DoRA,
+    LoRA,
+    attach,
+    detach,
+    load_adapter,
+)
 from lit_adapters.data import collate
 from tests.models import PAD, VOCAB, llama, logits, shake, trainable
 
@@ -624,6 +632,34 @@ def test_adapters_on_the_module_itself_are_saved_as_one_folder_that_loads(tmp_pa
     assert load_adapter(fresh, tmp_path / "out" / "adapter") == ["first", "second"]
     expected = trainable(module)
     assert all(torch.equal(expected[name], value) for name, value in trainable(fresh).items())
+
+
+class Towers(Foreign):
+    """Several models in a container, each adapted by settings of its own."""
+
+    def __init__(self, *specs):
+        super().__init__()
+        detach(self.net)
+        self.net = nn.ModuleList(llama(seed) for seed in range(len(specs)))
+        for one, spec in zip(self.net, specs, strict=True):
+            attach(one.train(), spec)
+
+    def forward(self, batch):
+        return sum(one(batch["input_ids"]).logits for one in self.net)
+
+
+@pytest.mark.parametrize("specs", [(LoRA(rank=2, alpha=4), LoRA(rank=2, alpha=8)), (SPEC, DoRA())])
+def test_models_in_a_container_have_a_folder_each_that_loads(tmp_path, specs):
+    module = Towers(*specs)
+    make_trainer(tmp_path, AdapterCheckpoint(tmp_path / "out")).fit(module, Batches(4), Batches(1))
+    for seed, one in enumerate(module.net):
+        fresh = llama(seed)
+        load_adapter(fresh, tmp_path / "out" / "adapter" / f"net.{seed}")
+        assert torch.equal(logits(fresh.eval()), logits(one.eval()))
+    resumed, last = Towers(*specs), tmp_path / "out" / "last.ckpt"
+    make_trainer(tmp_path, AdapterCheckpoint(tmp_path / "out"), max_epochs=2).fit(
+        resumed, Batches(4), Batches(1), ckpt_path=last
+    )
 
 
 def test_a_monitor_that_is_never_logged_is_an_error_that_lists_what_is(tmp_path):

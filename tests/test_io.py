@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lit_adapters import (
     DoRA,
@@ -776,3 +777,15 @@ def test_every_family_saves_and_loads(family, tmp_path):
     loaded = BUILDERS[family]()
     load_adapter(loaded, tmp_path)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_adapters_of_different_settings_are_not_written_as_one(tmp_path):
+    """One config would give the second model the scale of the first."""
+    models = nn.ModuleList([llama(), llama(seed=1)])
+    for model, alpha in zip(models, (4, 8), strict=True):
+        attach(model, LoRA(rank=2, alpha=alpha))
+    with pytest.raises(
+        ValueError, match=r"'0\.\S+' and '1\.\S+' were.*alpha=4.*alpha=8.*one by one"
+    ):
+        save_adapter(models, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
