@@ -30,7 +30,7 @@ from lit_adapters.loading_once import build_once, machine_of, obstacle_of
 from lit_adapters.losses import LossKind
 from lit_adapters.optim import build_optimizer, options_of, set_options, take_rate, warmup_then
 from lit_adapters.optim.schedule import Decay
-from lit_adapters.packed_rows import keep_rows_apart
+from lit_adapters.packed_rows import keep_rows_apart, put_in_front
 from lit_adapters.portable_states import make_portable
 from lit_adapters.precision import base_dtype, careful, compute_dtype
 from lit_adapters.quantization import Kind, Quantization
@@ -191,7 +191,8 @@ class AdapterFineTuneModule(CausalLMModule):
         strategy = getattr(self._trainer, "strategy", None)
         if strategy is not None:
             make_portable(self)
-        if self._built:
+        if self._built:  # perhaps with another adapter than now
+            self.packing_obstacle = self.packing_obstacle or put_in_front(self.model)
             return
         if strategy is not None:
             compare(partial(settings_of, self))

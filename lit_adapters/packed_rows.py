@@ -61,14 +61,21 @@ def _obstacle(model: Any) -> str | None:
         return f"attention {own!r} is not known to keep sequences apart"
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} computes attention in a way of its own"
-    moved = {a.spec.name for *_, a in adapted_layers(model) if a.changes_inputs}
-    if moved:
-        return f"{', '.join(sorted(moved))} puts something before the first sequence only"
+    if (reason := put_in_front(model)) is not None:
+        return reason
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return "the model is compiled, and would be again for all lengths that come up"
     if any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters()):
         return "the model has no weights yet to try it with"
     return None
+
+
+def put_in_front(model: nn.Module) -> str | None:
+    """Return why the adapters that ``model`` holds now keep rows from being packed, or None."""
+    moved = {a.spec.name for *_, a in adapted_layers(model) if a.changes_inputs}
+    if not moved:
+        return None
+    return f"{', '.join(sorted(moved))} puts something before the first sequence only"
 
 
 def _mixes(model: Any) -> str | None:

@@ -396,6 +396,19 @@ def test_one_module_fits_what_is_active_when_it_is_called(tmp_path):
         assert values(adapters, other) == still
 
 
+def test_batches_are_padded_where_the_next_adapter_needs_that(tmp_path):
+    """A prefix is before the first sequence of a row alone, and the adapter before it was none."""
+    adapters = AdapterSet(llama())
+    adapters.add("prefix", PrefixTuning(length=2))
+    adapters.add("lora", LoRA(rank=2))
+    module = AdapterFineTuneModule(adapters.model, optimizer=adamw)
+    fit(tmp_path, module, in_batches(examples(4), 2))
+    assert module.packing_obstacle is None
+    adapters.activate("prefix")
+    fit(tmp_path, module, in_batches(examples(4), 2))
+    assert module.packing_obstacle == "PrefixTuning puts something before the first sequence only"
+
+
 # ---------------------------------------------------------------- moves and copies
 
 

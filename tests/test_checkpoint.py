@@ -336,6 +336,17 @@ def test_the_best_of_another_module_is_not_compared(tmp_path):
     pickle.loads(pickle.dumps(callback))
 
 
+def test_two_callbacks_do_not_write_over_each_other(tmp_path):
+    both = [AdapterCheckpoint(), AdapterCheckpoint(monitor="train/loss")]
+    with pytest.raises(ValueError, match="each over the other's; give one of them another dirpath"):
+        make_trainer(tmp_path, *both).fit(Foreign(), Batches(2), Batches(1))
+    both = [AdapterCheckpoint(tmp_path / "one"), AdapterCheckpoint(tmp_path / "two", monitor=None)]
+    make_trainer(tmp_path, *both).fit(Foreign(), Batches(2), Batches(1))
+    for one in both:
+        load_adapter(llama(), one.adapter_path)
+    assert both[0].adapter_path != both[1].adapter_path
+
+
 def test_a_better_state_at_the_step_where_an_earlier_fit_ended_is_kept(tmp_path):
     callback, module = AdapterCheckpoint(tmp_path / "out"), Scripted([2.0, 1.0])
     for value in (2.0, 1.0):

@@ -108,6 +108,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
         Raises:
             OSError: if nothing can be written there.
+            ValueError: if another one writes there.
         """
         super().setup(trainer, pl_module, stage)
         self._last_step, self._due, self._whole, self._restored = -1, False, True, None
@@ -119,8 +120,18 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._forget_best()
             self._module = ref(pl_module)
             self._last_global_step_saved = 0  # of this fit; Lightning saves no step twice
+            self._check_alone(trainer)
             if trainer.is_global_zero and not is_dry_run(trainer):
                 check_writable(Path(str(self.dirpath)))
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        for other in trainer.checkpoint_callbacks:
+            shares = isinstance(other, AdapterCheckpoint) and other.dirpath == self.dirpath
+            if shares and other is not self:
+                raise ValueError(
+                    f"two AdapterCheckpoints would write best.ckpt and the adapter to one folder, "
+                    f"{self.dirpath}, each over the other's; give one of them another dirpath"
+                )
 
     def _forget_best(self) -> None:
         """Compare no other module with that of an earlier fit."""
