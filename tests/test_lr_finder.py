@@ -223,19 +223,27 @@ def test_a_search_into_the_absurd_ends_early_and_is_undone(tmp_path, data):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", lambda o: CosineAnnealingLR(o, 12)])
-def test_found_by_a_callback_the_rate_is_used_as_if_given(tmp_path, data, schedule):
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"lora_plus_ratio": 4.0},
+        {"embedding_lr": 3e-4, "adapter": LoRA(rank=2, targets=["wte", "c_attn"])},
+    ],
+    ids=["lora-plus", "embedding"],
+)
+def test_found_by_a_callback_the_rate_is_used_as_if_given(tmp_path, data, schedule, rates):
     """The run goes on to the bit as one that was told this rate, whatever the schedule."""
     seed_everything(5, verbose=False)
     finder = LearningRateFinder(num_training_steps=30)
     trainer, watch = trainer_of(tmp_path / "a", finder)
-    searched = module(lr_scheduler=schedule, lora_plus_ratio=4.0)
+    searched = module(lr_scheduler=schedule, **rates)
     trainer.fit(searched, data())
     found = searched.learning_rate
     assert found == finder.optimal_lr.suggestion() != 1e-3
 
     seed_everything(5, verbose=False)
     told, seen = trainer_of(tmp_path / "b")
-    plain = module(lr_scheduler=schedule, lora_plus_ratio=4.0, learning_rate=found)
+    plain = module(lr_scheduler=schedule, **rates, learning_rate=found)
     told.fit(plain, data())
     assert watch.rates == [pytest.approx(rates, rel=1e-9) for rates in seen.rates]
     assert watch.ids == seen.ids

@@ -88,7 +88,7 @@ def hold_ratios(optimizer: Optimizer) -> None:
         raise ValueError("embedding_lr relates to the optimizer's lr, which is 0")
     for group in groups:
         if "absolute_lr" in group:
-            group["lr_ratio"] = group.pop("absolute_lr") / base
+            group["lr_ratio"] = group["absolute_lr"] / base
     set_ratios(optimizer)
     optimizer.register_step_pre_hook(set_ratios)
 

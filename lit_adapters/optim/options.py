@@ -11,6 +11,7 @@ OPTIONS = (
     "max_lr",
     "min_lr",
     "lr_ratio",
+    "absolute_lr",
     "weight_decay",
     "betas",
     "eps",
@@ -77,4 +78,8 @@ def take_rate(optimizer: Optimizer, rate: float, schedulers: Iterable[Any]) -> N
         for group, last in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate * (last / first)
             group["initial_lr"] = rate * (group["initial_lr"] / first)
+            if "absolute_lr" in group:  # whatever the rate of the others
+                group["lr"] *= group["absolute_lr"] / group["initial_lr"]
+                group["initial_lr"] = group["absolute_lr"]
+                group["lr_ratio"] = group["absolute_lr"] / rate
         _begin_from_initial(optimizer, _with_inner([scheduler]))
