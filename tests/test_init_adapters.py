@@ -28,6 +28,7 @@ from lit_adapters import (
     LoRAGA,
     PiSSA,
     attach,
+    detach,
     initialise,
 )
 from lit_adapters.adapters import LoRAAdapter
@@ -127,6 +128,32 @@ def test_a_foreign_module_is_initialised_before_its_optimizer_exists(tmp_path):
     for found, (*_, adapter) in zip(module.seen, adapted_layers(expected), strict=True):
         assert torch.equal(found, adapter.lora_A)
     assert callback.initialised == ["0", "3"]
+
+
+class Late(Foreign):
+    """Attaches in `configure_model`, as modules do whose model is sharded."""
+
+    def __init__(self, callback=None):
+        super().__init__()
+        detach(self.net)
+        self.callback = callback
+
+    def configure_model(self):
+        if not any(adapted_layers(self)):
+            attach(self.net, LoRA(rank=4, targets=["0", "3"]), seed=1)
+            if self.callback is not None:
+                self.callback.initialise(self, self.net)
+
+
+def test_adapters_that_come_after_setup_are_started_by_hand_or_said(tmp_path):
+    with pytest.raises(ValueError, match=r"\(PiSSA\) starts.*Late has none until later"):
+        fit(Late(), InitAdapters(PiSSA()), tmp_path)
+    fit(Late(), InitAdapters(), tmp_path)
+    callback = InitAdapters(PiSSA())
+    module = Late(callback)
+    fit(module, callback, tmp_path)
+    assert all(adapter.pinned for *_, adapter in adapted_layers(module))
+    fit(module, callback, tmp_path)
 
 
 def test_a_second_fit_keeps_what_was_trained(tmp_path):

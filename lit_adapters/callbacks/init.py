@@ -71,6 +71,20 @@ class InitAdapters(Callback):
         if roots:  # names as `attach` saw them, if it saw one model
             self.initialise(pl_module, roots[0] if len(roots) == 1 else pl_module)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that no adapter was attached when it was too late to start it.
+
+        Raises:
+            ValueError: if so.
+        """
+        held = [adapter for *_, adapter in adapted_layers(pl_module, METHOD)]
+        if self.initialiser is not None and not any(one is self._done for one in held):
+            raise ValueError(
+                f"InitAdapters({type(self.initialiser).__name__}) starts adapters in `setup`, and "
+                f"{type(pl_module).__name__} has none until later: attach in __init__, or call the "
+                "callback's initialise(self, model) after `attach` in configure_model"
+            )
+
     def initialise(self, pl_module: LightningModule, model: nn.Module, agree: bool = True) -> None:
         """Initialise the adapters of ``model``, a part of ``pl_module``, once, unless it resumes.
 
