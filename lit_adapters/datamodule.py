@@ -43,6 +43,7 @@ from lit_adapters.data import (
     stop_ids,
 )
 from lit_adapters.fit_loaders import FitLoader, FitStream
+from lit_adapters.known_tokens import teach_held
 from lit_adapters.prompting import prompting_of, set_prompting
 from lit_adapters.token_store import TokenStore
 
@@ -341,6 +342,8 @@ class InstructionDataModule(LightningDataModule):
             adapter = getattr(self._module, "adapter", None)
             if isinstance(adapter, AdapterSpec):
                 adapter.teach(self.tokenizer)
+            if self._module is not None:
+                teach_held(self._module, self.tokenizer)
             return self.tokenizer
         return tokenizer_of(self._module, asker=type(self).__name__)
 

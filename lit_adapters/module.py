@@ -26,6 +26,7 @@ from lit_adapters.fit_loaders import resume_loaders
 from lit_adapters.footprint import footprint
 from lit_adapters.guards import warn_if_rounded
 from lit_adapters.input_sharing import compute_apart
+from lit_adapters.known_tokens import teach_held
 from lit_adapters.loading_once import build_once, machine_of, obstacle_of
 from lit_adapters.losses import LossKind
 from lit_adapters.optim import build_optimizer, options_of, set_options, take_rate, warmup_then
@@ -179,6 +180,7 @@ class AdapterFineTuneModule(CausalLMModule):
             name = cast(str, self.base if own else self._tokenizer)
             self._tokenizer = load_tokenizer(name, self.revision if own else None)
         self.adapter.teach(self._tokenizer)
+        teach_held(self, self._tokenizer)  # of a model passed in
         return self._tokenizer
 
     def configure_callbacks(self) -> list[Callback]:

@@ -36,6 +36,7 @@ FLOORS = {
     "io.py": 4,
     "folder.py": 4,
     "prompting.py": 4,
+    "known_tokens.py": 4,
     "peft_config.py": 4,
     "fingerprint.py": 4,
     "blockwise_attention.py": 4,
