@@ -61,7 +61,10 @@ def export_merged(
             folder is an adapter's.
     """
     folder = free_folder(path, ADAPTER)
-    merged = merge(copy.deepcopy(model), untie)
+    merged = copy.deepcopy(model)
+    if dtype is not None:  # a narrower weight would round the sum before it is stored
+        nn.Module.to(merged, torch.promote_types(model.dtype, dtype))
+    merge(merged, untie)
     if dtype is not None:
         nn.Module.to(merged, dtype)
     merged.save_pretrained(folder)

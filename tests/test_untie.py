@@ -173,6 +173,20 @@ def test_an_export_in_bf16_is_untied_too(tmp_path):
     assert torch.equal(embedding, merged.model.embed_tokens.weight.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_export_in_another_dtype_is_rounded_once(tmp_path, dtype):
+    model = llama().bfloat16()
+    attach(model, LoRA(rank=2))
+    shake(model)
+    layer = model.model.layers[0].mlp.up_proj
+    exact = layer.weight.double() + layer.adapter.scale * layer.adapter.product().double()
+    stock = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path, dtype=dtype))
+    found = stock.model.layers[0].mlp.up_proj.weight
+    assert found.dtype == dtype
+    close(found, exact.to(dtype), torch.finfo(dtype).eps)
+    assert model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("end", ["head", "embedding"])
 def test_a_pinned_start_is_merged_into_an_untied_weight(end):
     model = adapted("llama", end, PiSSA())
