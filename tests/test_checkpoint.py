@@ -273,6 +273,12 @@ def test_an_interval_below_one_is_refused(tmp_path):
         AdapterCheckpoint(tmp_path, every_n_train_steps=0)
 
 
+def test_the_lowest_accuracy_is_not_taken_for_the_best(tmp_path):
+    with pytest.raises(ValueError, match="lowest accuracy for the best; pass mode='max'"):
+        AdapterCheckpoint(tmp_path, monitor="val/token_accuracy")
+    assert AdapterCheckpoint(tmp_path, monitor="val/token_accuracy", mode="max").mode == "max"
+
+
 def test_one_callback_serves_two_fits(tmp_path):
     callback = AdapterCheckpoint(tmp_path / "out")
     module = Foreign()

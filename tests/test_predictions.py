@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_adapters import AdapterFineTuneModule, InstructionDataModule, LoRA
 from lit_adapters.callbacks import PredictionWriter
@@ -229,6 +229,15 @@ def test_other_loaders_are_refused_by_name(tmp_path):
     )
     with pytest.raises(TypeError, match="prompts of an InstructionDataModule.*on a FitLoader"):
         trainer.predict(make(), make_data(tmp_path, tokenizer=TOKENIZER).train_dataloader())
+
+
+def test_a_module_that_cannot_be_recognised_again_is_refused_by_name(tmp_path):
+    class Foreign(LightningModule):
+        def predict_step(self, batch, batch_idx):
+            return [{**row, "prediction": ""} for row in batch]
+
+    with pytest.raises(TypeError, match="`max_new_tokens`.*Foreign lacks them"):
+        predict(tmp_path, Foreign(), make_data(tmp_path, tokenizer=TOKENIZER))
 
 
 RANK = """

@@ -88,6 +88,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         )
         if every_n_train_steps < 1:
             raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
+        if mode == "min" and monitor is not None and "accuracy" in monitor:
+            raise ValueError(
+                f"AdapterCheckpoint(monitor={monitor!r}, mode='min') would keep the state of the "
+                "lowest accuracy for the best; pass mode='max'"
+            )
         self.interval = every_n_train_steps
         self.check_base = check_base
         self.adapter_path: Path | None = None

@@ -49,6 +49,12 @@ class PredictionWriter(Callback):
                 f"the trainer predicts on a {type(loader).__name__}. Leave the callback out and "
                 "take what trainer.predict returns, or let predict_dataloader return a PromptLoader"
             )
+        if not all(hasattr(pl_module, name) for name in ("model", "max_new_tokens")):
+            raise TypeError(
+                "PredictionWriter tells by the module's `model` and `max_new_tokens` whether a "
+                f"broken run may go on, and {type(pl_module).__name__} lacks them: predict with an "
+                "AdapterFineTuneModule on your model, or give the module both"
+            )
         key = _key(trainer, pl_module, loader)
         file = Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
         if file.is_dir():
