@@ -51,6 +51,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     Raises:
         ValueError: if the model holds no adapters, or some of different settings.
     """
+    model = _inside(model)
     adapted = list(adapted_layers(model))
     config = peft_config(model, adapted)
     spec = _filed(adapted)
@@ -158,7 +159,7 @@ def load_adapter(
         FileNotFoundError: if the folder or a file of it is missing.
         ValueError: if anything in it is not as expected; the message names the file and the key.
     """
-    folder = Path(path)
+    model, folder = _inside(model), Path(path)
     config, notes = read_json(folder, CONFIG), _notes(folder)
     spec, prompting = _stated(folder, config), from_note(notes.get(NOTE), folder / EXTRA)
     with ExitStack() as stack:
@@ -193,6 +194,12 @@ def load_adapter(
         if held or prompting is not None:
             set_prompting(model, prompting)
     return [one.name for one in fresh if one.adapter.slot == METHOD]
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile(model)`` wraps, whose names another has as well."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def _check_rewritable(held: list[Adapted], folder: Path) -> None:

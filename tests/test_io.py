@@ -789,3 +789,16 @@ def test_adapters_of_different_settings_are_not_written_as_one(tmp_path):
     ):
         save_adapter(models, tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+def test_names_in_a_folder_are_those_of_the_model_that_is_compiled(tmp_path):
+    """As where a LightningModule holds ``torch.compile(model)``."""
+    model = llama()
+    attach(model, LoRA(rank=2))
+    shake(model)
+    save_adapter(torch.compile(model, backend="eager"), tmp_path / "adapter")
+    bare, wrapped = llama(), llama()
+    load_adapter(bare, tmp_path / "adapter")
+    load_adapter(torch.compile(wrapped, backend="eager"), tmp_path / "adapter")
+    for found in (bare, wrapped):
+        assert torch.equal(logits(found), logits(model))
