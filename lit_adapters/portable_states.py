@@ -19,6 +19,9 @@ from lit_adapters.trained_state import trained_tensors
 
 State = dict[str, Any]
 
+# What groups hold beside the settings of an optimizer: schedules and ourselves put it there.
+NOTED = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "lr_ratio"}
+
 
 def make_portable(module: LightningModule) -> None:
     """Let the strategy of ``module`` write and read checkpoints that any other strategy reads.
@@ -141,6 +144,7 @@ def _load_optimizers(
             for name, of_one in state["state"].items()
         }
         present = optimizer.state_dict()["param_groups"]
+        _check_kind(optimizer, "optimizer", optimizer.defaults, state["param_groups"][0])
         if len(present) != len(state["param_groups"]):
             raise ValueError(
                 f"the optimizer of the checkpoint has {len(state['param_groups'])} groups of "
@@ -152,7 +156,21 @@ def _load_optimizers(
             for group, now in zip(state["param_groups"], present, strict=True)
         ]
         numbered.append({**state, "state": values, "param_groups": groups})
+    configs = module.trainer.lr_scheduler_configs
+    for config, state in zip(configs, checkpoint.get("lr_schedulers", ()), strict=False):
+        _check_kind(config.scheduler, "schedule", config.scheduler.state_dict(), state)
     Strategy.load_optimizer_state_dict(strategy, {"optimizer_states": numbered})
+
+
+def _check_kind(thing: Any, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise if each has settings that the other lacks; torch's next version may only add some."""
+    missing, odd = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys() - NOTED)
+    if missing and odd:
+        raise ValueError(
+            f"the {what} of the checkpoint is no {type(thing).__name__}: it has {', '.join(odd)}, "
+            f"and not {', '.join(missing)}. Resume with the {what} of that run, or start a new fit "
+            "from its weights: load_from_checkpoint, or load_adapter with its folder"
+        )
 
 
 def _named(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

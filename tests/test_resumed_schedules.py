@@ -1,9 +1,16 @@
-"""Schedules of torch in a resumed run: where they stood, at the rate that this run asks for."""
+"""Schedules and optimizers of torch in a resumed run: where they stood, at the rate asked for."""
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 
 from lit_adapters import AdapterFineTuneModule, LoRA
 from tests.models import llama
@@ -39,14 +46,14 @@ class Seen(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         group = optimizer.param_groups[0]
-        self.steps.append((group["lr"], group["betas"][0]))
+        self.steps.append((group["lr"], group.get("betas", [0])[0]))
 
 
-def run(folder, schedule, rate=RATE, steps=STEPS, resume=None):
+def run(folder, schedule, rate=RATE, steps=STEPS, resume=None, kind=torch.optim.AdamW):
     module = AdapterFineTuneModule(
         llama(),
         LoRA(rank=2),
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=rate),
+        optimizer=lambda groups: kind(groups, lr=rate),
         lr_scheduler=lambda optimizer: schedule(optimizer, rate),
     )
     seen = Seen()
@@ -71,3 +78,28 @@ def test_another_rate_counts_from_the_first_resumed_step_to_the_last(tmp_path, s
     whole = run(tmp_path, schedule, rate=RATE / 10)
     for found, expected in zip(resumed, whole[STOP:], strict=True):
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def steps_down(optimizer, rate):
+    return StepLR(optimizer, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": torch.optim.SGD}, "optimizer of the checkpoint is no SGD: it has .*betas"),
+        ({"kind": torch.optim.Adagrad}, "optimizer of the checkpoint is no Adagrad: .*lr_decay"),
+        ({"schedule": steps_down}, "schedule of the checkpoint is no StepLR: it has .*milestones"),
+    ],
+    ids=["sgd", "adagrad", "schedule"],
+)
+def test_the_state_of_another_kind_is_refused_in_words(tmp_path, changes, words):
+    run(tmp_path, warmed_cosine, steps=STOP)
+    with pytest.raises(ValueError, match=f"{words}.*start a new fit from its weights"):
+        run(tmp_path, **{"schedule": warmed_cosine, **changes}, resume=tmp_path / "here.ckpt")
+
+
+def test_adam_goes_on_from_adamw(tmp_path):
+    run(tmp_path, warmed_cosine, steps=STOP)
+    resumed = run(tmp_path, warmed_cosine, resume=tmp_path / "here.ckpt", kind=torch.optim.Adam)
+    assert len(resumed) == STEPS - STOP
