@@ -29,6 +29,27 @@ def warn_if_rounded(model: nn.Module) -> None:
         )
 
 
+def warn_if_left_out(model: nn.Module) -> None:
+    """Warn when an adapter folder will not hold all that is trained of ``model``."""
+    held = {
+        id(p)
+        for _, layer, adapter in adapted_layers(model)
+        for p in (*adapter.parameters(), *adapter.trained(layer))
+    }
+    loose = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in held and not name.endswith(SHADOW)
+    ]
+    if loose:
+        warnings.warn(
+            f"{loose[0]!r} and {len(loose) - 1} more of the model are trained beside the adapters: "
+            "checkpoints hold them, and the adapter folder does not. To have them there, leave "
+            "them frozen and name their modules in `modules_to_save`",
+            stacklevel=3,
+        )
+
+
 def check_loss(loss: float, step: int) -> None:
     """Refuse to step on a loss that is NaN or infinite.
 

@@ -304,6 +304,11 @@ class AdapterFineTuneModule(CausalLMModule):
         check_optimizer(optimizer, self.trainer.strategy)
         if isinstance(self.lr_scheduler, str):
             total = self.trainer.estimated_stepping_batches
+            if self.warmup >= max(total, 1):
+                rank_zero_info(
+                    f"The warm-up of {self.warmup:g} steps never ends: this run has {total:g} "
+                    "optimizer steps, and does not reach the learning rate."
+                )
             schedule: Any = warmup_then(self.lr_scheduler, optimizer, total, self.warmup)
         else:
             schedule = self.lr_scheduler(optimizer)

@@ -651,6 +651,16 @@ def test_adapters_on_the_module_itself_are_saved_as_one_folder_that_loads(tmp_pa
     assert all(torch.equal(expected[name], value) for name, value in trainable(fresh).items())
 
 
+def test_what_is_trained_beside_the_adapters_is_said_not_to_be_in_the_folder(tmp_path):
+    module = Foreign()
+    module.net.lm_head.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'lm_head.weight' and 0 more.*`modules_to_save`"):
+        make_trainer(tmp_path, AdapterCheckpoint(tmp_path / "out")).fit(module, Batches(2))
+    assert "net.lm_head.weight" in read(tmp_path / "out" / "last.ckpt")["state_dict"]
+    module = Foreign(LoRA(rank=2, modules_to_save=["lm_head"]))
+    make_trainer(tmp_path, AdapterCheckpoint(tmp_path / "out")).fit(module, Batches(2))
+
+
 class Towers(Foreign):
     """Several models in a container, each adapted by settings of its own."""
 

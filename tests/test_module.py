@@ -630,6 +630,14 @@ def test_schedule_advances_once_per_optimizer_step(tmp_path, decay, warmup):
     assert final == pytest.approx(1e-2 if decay == "constant" else 0.0)
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(4, True), (3, False), (0.9, False), (0, False)])
+def test_a_warmup_as_long_as_the_run_is_said(tmp_path, caplog, warmup, said):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, make(warmup=warmup), in_batches(examples(4), 1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert said == any("warm-up of 4 steps never ends: this run has 4" in line for line in lines)
+
+
 def test_a_scheduler_class_works_and_has_no_warmup(tmp_path):
     module = make(
         optimizer=adamw,

@@ -24,6 +24,7 @@ from lit_adapters.callbacks.loops import (
     validation_is_planned,
 )
 from lit_adapters.callbacks.stopping import Stopping, here
+from lit_adapters.guards import warn_if_left_out
 from lit_adapters.io import save_adapter
 from lit_adapters.prompting import NOTE, from_note, prompting_of, set_prompting, to_note
 from lit_adapters.spread import gathered
@@ -150,7 +151,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         return {**vars(self), "_module": None}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Recognise the base before anything is trained."""
+        """Recognise the base before anything is trained; say what the folder will not hold."""
+        for root in adapted_children(pl_module).values():
+            warn_if_left_out(root)
         self._load_check.recognise(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
