@@ -113,7 +113,7 @@ def combined(method, bf16, accumulate, clip, recompute):
     trainer = {"accumulate_grad_batches": 2 if accumulate else 1}
     trainer |= VARIANTS["clip"]["trainer"] if clip else {}
     # Not read from files, which leave rotary frequencies in fp32: `tolerances` are of others.
-    low = {**BF16, "passed_in": True} if bf16 else {"settings": {}, "trainer": {}}
+    low = {**BF16, "settings": {}, "passed_in": True} if bf16 else {"settings": {}, "trainer": {}}
     return {
         **METHODS[method],
         **low,
