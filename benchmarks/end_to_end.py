@@ -301,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         notes += " TRL is not installed, so its row is missing: pip install 'lit_adapters[bench]'."
     size = f"a random Llama of {options.layers} x {options.hidden}"
+    options.data = Path(options.data).name
     publish(
         options,
         packages,
