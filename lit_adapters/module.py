@@ -1,5 +1,6 @@
 """The LightningModule that trains: a base, an adapter on it, an optimizer over the adapter."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -110,17 +111,18 @@ class AdapterFineTuneModule(CausalLMModule):
         self.base = base if isinstance(base, str) else None
         if isinstance(base, nn.Module):
             self.model = cast(PreTrainedModel, base)  # once: two names would be saved twice
-            given = {
+            loading = {
                 "quantization": quantization is not None,
                 "dtype": dtype != "auto",
                 "revision": revision is not None,
                 "attn_implementation": attn_implementation is not None,
             }
-            if any(given.values()):
-                raise ValueError(
-                    f"{', '.join(name for name in given if given[name])} would say how a base is "
-                    "loaded, and here it is passed in as a model: load it like that, or name its "
-                    "folder or hub id as the base"
+            if any(loading.values()):  # a checkpoint's settings may say so, too: no error
+                warnings.warn(
+                    f"{', '.join(name for name in loading if loading[name])} would say how a base "
+                    "is loaded, and does nothing here, where it is passed in as a model: load it "
+                    "like that, or name its folder or hub id as the base",
+                    stacklevel=2,
                 )
         # No default instance: the command line would hand its settings to another class named.
         chosen = adapter or (isinstance(base, nn.Module) and _spec_of(base)) or LoRA()

@@ -461,8 +461,22 @@ def test_checkpoints_with_base_as_folder_and_as_model_are_interchangeable(tmp_pa
     ],
 )
 def test_what_says_how_to_load_a_base_is_not_ignored_of_a_model(settings, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.warns(UserWarning, match=named):
         make(llama(), **settings)
+
+
+def test_a_checkpoint_that_names_its_data_type_loads_onto_a_model(folder_of_base, tmp_path):
+    module = AdapterFineTuneModule(
+        str(folder_of_base), tokenizer=word_tokenizer(), dtype="float32", adapter=LoRA(rank=3)
+    )
+    trainer = fit(tmp_path, module, in_batches(examples(4), 2))
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    with pytest.warns(UserWarning, match="dtype would say"):
+        loaded = AdapterFineTuneModule.load_from_checkpoint(
+            tmp_path / "some.ckpt", base=llama(), tokenizer=word_tokenizer()
+        )
+    for name, value in trainable(module.model).items():
+        assert torch.equal(trainable(loaded.model)[name], value)
 
 
 def test_adapters_on_a_model_passed_in_are_trained_or_refused(tmp_path, caplog):
