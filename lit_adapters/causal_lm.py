@@ -1,5 +1,6 @@
 """A causal language model in Lightning: its loss, its steps, its evaluation, its answers."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from lit_adapters.callbacks.spikes import SpikeGuard
 from lit_adapters.evaluation import EvaluationSums
 from lit_adapters.footprint import peak_bytes
 from lit_adapters.generation import answer, generate
-from lit_adapters.guards import check_gradients, check_loss, check_tokens
+from lit_adapters.guards import PATIENCE, check_gradients, check_loss, check_tokens
 from lit_adapters.losses import LossKind, TokenLoss
 from lit_adapters.model_loss import ModelLoss
 from lit_adapters.sharding import average_gradients, clips_itself, gradient_norm, inside
@@ -53,6 +54,7 @@ class CausalLMModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.evaluated = EvaluationSums()
         self.window = TokenWindow()
+        self.overflows = 0  # optimizer steps in a row whose loss was not finite
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -91,7 +93,7 @@ class CausalLMModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Forget a window that was broken off."""
-        self.window = TokenWindow()
+        self.window, self.overflows = TokenWindow(), 0
 
     def on_train_epoch_start(self) -> None:
         """Do not count the pause between epochs as training time."""
@@ -134,8 +136,10 @@ class CausalLMModule(LightningModule):
             for guard in self.trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(guard, SpikeGuard)
         ]
-        # In fp16, steps of overflows are left out.
-        if not any(left_out) and str(self.trainer.precision) != "16-mixed":
+        self.overflows = 0 if math.isfinite(total) else self.overflows + 1
+        # A scaler leaves out steps of overflows in fp16; all of them would be a standstill.
+        tolerated = PATIENCE - 1 if str(self.trainer.precision) == "16-mixed" else 0
+        if not any(left_out) and self.overflows > tolerated:
             check_loss(total / count, self.trainer.global_step)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)

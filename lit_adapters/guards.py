@@ -11,7 +11,7 @@ from lit_adapters.adapters import METHOD
 from lit_adapters.attachment import adapted_layers
 from lit_adapters.optim import SHADOW
 
-PATIENCE = 10  # optimizer steps after which a product that is still zero will stay so
+PATIENCE = 10  # optimizer steps after which what came to nothing so far will not come to more
 
 
 def warn_if_rounded(model: nn.Module) -> None:

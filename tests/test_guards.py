@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ pytestmark = [
 ]
 
 
-def fit(folder, optimizer, adapter=None, *callbacks):
+def fit(folder, optimizer, adapter=None, *callbacks, **settings):
     module = AdapterFineTuneModule(
         llama(), adapter or LoRA(rank=2), optimizer=optimizer, lr_scheduler="constant", warmup=0
     )
@@ -37,6 +38,7 @@ def fit(folder, optimizer, adapter=None, *callbacks):
         enable_model_summary=False,
         accelerator="cpu",
         callbacks=[AdapterCheckpoint(folder, monitor=None, every_n_train_steps=1), *callbacks],
+        **settings,
     )
     trainer.fit(module, in_batches(examples(60), 4))
     return module
@@ -51,6 +53,32 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_the_checkpoint_is_go
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] >= 1
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+class Breaks(Callback):
+    """Makes the loss NaN in some batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.model.model.norm.weight.fill_(torch.nan if batch_idx in self.batches else 1)
+
+
+def in_fp16():
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**4))
+
+
+def test_under_a_scaler_steps_without_a_loss_are_left_out(tmp_path):
+    once = Breaks({1, *range(3, PATIENCE + 2)})  # and one fewer in a row than are too many
+    module = fit(tmp_path, adamw, None, once, plugins=in_fp16())
+    assert all(p.isfinite().all() for p in module.parameters() if p.requires_grad)
+    assert module.trainer.global_step == PATIENCE + 3
+
+
+def test_under_a_scaler_a_loss_that_stays_no_number_stops_the_training(tmp_path):
+    with pytest.raises(RuntimeError, match=r"training loss is nan after 11 .*instead of fp16"):
+        fit(tmp_path, adamw, None, Breaks(range(2, 100)), plugins=in_fp16())
 
 
 def test_an_optimizer_of_something_else_is_found_at_its_first_step(tmp_path):
