@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_adapters.adapters import METHOD, AdapterSpec, LoRA
@@ -63,7 +64,8 @@ class AdapterFineTuneModule(CausalLMModule):
         tokenizer: Folder or hub id of the tokenizer, or the tokenizer; that of the base if null.
         optimizer: Called with the parameter groups. AdamW at 2e-4 without decay if null.
         lr_scheduler: Decay after the warm-up: cosine, linear or constant; or a scheduler class,
-            advanced once per optimizer step and without our warm-up.
+            advanced once per optimizer step (ReduceLROnPlateau: per epoch, by ``val/loss`` or the
+            ``monitor`` of Lightning's class) and without our warm-up.
         warmup: Optimizer steps of linear warm-up if 1 or more, else their share of all steps.
         lora_plus_ratio: Learning rate of ``lora_B``, and of vectors such as magnitudes and biases,
             over that of everything else (LoRA+: about 16).
@@ -316,10 +318,10 @@ class AdapterFineTuneModule(CausalLMModule):
             schedule = self.lr_scheduler(optimizer)
         self._chosen = options_of(optimizer)
         self._chosen_rate = self.learning_rate
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        moves: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+        if isinstance(schedule, ReduceLROnPlateau):  # that of the command line names its value
+            moves |= {"interval": "epoch", "monitor": getattr(schedule, "monitor", "val/loss")}
+        return {"optimizer": optimizer, "lr_scheduler": moves}
 
     def on_train_start(self) -> None:
         """Let this run's optimizer settings win over those that a checkpoint restored."""

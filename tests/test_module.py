@@ -9,9 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau as CLIReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import lit_adapters.first_steps
 from lit_adapters import AdapterCheckpoint, AdapterFineTuneModule, InitAdapters, LoRA, attach
@@ -660,6 +662,19 @@ def test_a_scheduler_class_works_and_has_no_warmup(tmp_path):
     )
     trainer = fit(tmp_path, module, in_batches(examples(8), 1), accumulate_grad_batches=2)
     assert trainer.logger["lr"] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "train/loss"])
+def test_a_plateau_of_a_logged_value_lowers_the_rate(monitor, tmp_path):
+    def schedule(optimizer):
+        settings = {"patience": 1, "threshold": 1e9, "threshold_mode": "abs"}  # nothing is better
+        if monitor == "val/loss":
+            return ReduceLROnPlateau(optimizer, **settings)
+        return CLIReduceLROnPlateau(optimizer, monitor, **settings)
+
+    module, data = make(optimizer=adamw, lr_scheduler=schedule), in_batches(examples(4), 2)
+    trainer = fit(tmp_path, module, data, data, max_epochs=6)
+    assert trainer.logger["lr"] == pytest.approx([1e-2] * 6 + [1e-3] * 4 + [1e-4] * 2)
 
 
 def test_schedule_follows_max_steps(tmp_path):
