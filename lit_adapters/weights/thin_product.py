@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn import functional as F
 
+from lit_adapters.weights.applied import applied
 from lit_adapters.weights.dropout import growth, keep_mask, kept
 
 
@@ -26,13 +27,13 @@ def thin_product(x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
     if not dropout and (x.dtype == A.dtype or not torch.is_grad_enabled()):
         return F.linear(x.to(A.dtype), A)
     keep = keep_mask(x, dropout) if dropout else None
-    product: Tensor = _ThinProduct.apply(x, keep, growth(dropout), A)
+    product: Tensor = applied(_ThinProduct, x, keep, growth(dropout), A)
     return product
 
 
 def thin_products(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return `thin_product` with each of several factors, computed as one product."""
-    products: tuple[Tensor, ...] = _ThinProducts.apply(x, *factors)
+    products: tuple[Tensor, ...] = applied(_ThinProducts, x, *factors)
     return products
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from lit_adapters.weights.applied import applied
+
 
 def add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
     """``output + scale * hidden B^T``, cast to the dtype of ``output``.
@@ -22,7 +24,7 @@ def add_scaled(output: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tenso
         return output + ((hidden * scale) @ columns).to(output.dtype)
     if _takes_writes(output):
         whole = output if output._base is None else output._base  # with a bias it is a view
-        added: Tensor = _AddedInPlace.apply(whole, hidden, B, scale)
+        added: Tensor = applied(_AddedInPlace, whole, hidden, B, scale)
         return added.view(output.shape)
     # Scaling and addition are folded into the product: no temporary of the output's size.
     sums = torch.addmm(_rows(output), _rows(hidden), B.T, alpha=scale)
