@@ -38,6 +38,7 @@ from lit_adapters.base_model import load_base, load_tokenizer
 from lit_adapters.generation import generate
 from lit_adapters.io import peft_config
 from tests.models import (
+    assert_base_again,
     base_bytes,
     batch,
     fingerprint,
@@ -270,9 +271,10 @@ def refusal(function, *args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @every_case
 def test_step_0_is_the_base_to_the_bit(case, dtype):
-    found = output(case.adapted(dtype))
+    model = case.adapted(dtype)
+    found = output(model)
     assert found.dtype == dtype
-    assert torch.equal(found, output(case.build().to(dtype)))
+    assert_base_again(found, output(case.build().to(dtype)), model)
 
 
 @every_case
@@ -533,7 +535,7 @@ def test_a_model_compiles_without_graph_breaks(name):
         expected = model(input_ids=IDS, use_cache=False).logits
     else:
         found, expected = call(pixels()), model(pixels())
-    close(found, expected, 1e-6)
+    close(found, expected, 2e-5)  # both sum in an order of their own
     found.square().mean().backward()
     assert all(parameter.grad is not None for parameter, _ in companions(model).values())
 
@@ -647,7 +649,7 @@ def test_rows_of_new_tokens_on_a_module_that_is_copied_as_well(build, seen):
         assert {"new_tokens", "modules_to_save"} <= set(re.findall(r"\w+", said))
         assert snapshot(model) == before
         return
-    assert torch.equal(logits(model), logits(build()))
+    assert_base_again(logits(model), logits(build()), model)
     shake(model)
     expected = logits(model)
     close(logits(merge(model, untie=True)), expected, 1e-4)
@@ -890,7 +892,7 @@ def test_a_pinned_start_doubles_the_rank_and_leaves_companions_alone(name, start
     case = CASES[name]
     model = case.adapted()
     initialise(model, start)
-    assert torch.equal(logits(model), logits(case.build()))
+    assert_base_again(logits(model), logits(case.build()), model)
     shake(model, std=0.05)
     values = {n: p.detach().clone() for n, (p, _) in companions(model).items()}
     save_adapter(model, tmp_path)

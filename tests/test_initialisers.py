@@ -456,7 +456,7 @@ def test_the_iteration_ends_within_1e_4_of_the_exact_part(spectrum, rank, shape)
     W = of_spectrum(spectrum, *shape)
     U, S, Vh = found = iterated(W, rank)
     assert error(found, W, rank) < 1e-4
-    close(S.double(), torch.linalg.svdvals(W)[:rank], 1e-5)
+    close(S.double(), torch.linalg.svdvals(W)[:rank], 5e-5)
     assert is_orthonormal(U, Vh)
     short = error(iterated(W, rank, niter=1), W, rank)
     assert short > 1e-4 or spectrum in ("steep", "into noise")  # or nothing was iterated

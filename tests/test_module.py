@@ -765,8 +765,9 @@ def test_hyperparameters_are_plain_and_rebuild_the_trained_module(tmp_path, fold
     loaded = AdapterFineTuneModule.load_from_checkpoint(file)
     assert loaded.adapter == spec
     assert (loaded.lr_scheduler, loaded.warmup, loaded.base) == ("linear", 2, folder_of_base)
-    assert torch.equal(logits(loaded.model.eval()), logits(module.model.eval()))
-    assert not torch.equal(logits(loaded.model), logits(llama()))
+    # Not to the bit: where memory begins, it may be summed in another order.
+    torch.testing.assert_close(logits(loaded.model.eval()), logits(module.model.eval()))
+    assert not torch.allclose(logits(loaded.model), logits(llama()), atol=1e-3)
     changed = AdapterFineTuneModule.load_from_checkpoint(file, warmup=5)
     assert changed.warmup == 5
 
