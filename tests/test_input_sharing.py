@@ -51,17 +51,17 @@ def sharing(model):
     return [one for one in adapted_layers(model) if one.adapter.shared_input is not None]
 
 
-def thin_products(monkeypatch):
+def narrow_products(monkeypatch):
     """The widths of shared products, as they are computed."""
     from lit_adapters.adapters import shared_input
 
-    widths, compute = [], shared_input.thin_products
+    widths, compute = [], shared_input.narrow_products
 
     def counting(x, factors):
         widths.append([len(A) for A in factors])
         return compute(x, factors)
 
-    monkeypatch.setattr(shared_input, "thin_products", counting)
+    monkeypatch.setattr(shared_input, "narrow_products", counting)
     return widths
 
 
@@ -74,7 +74,7 @@ def test_queries_keys_and_values_are_found_and_gate_and_up():
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_and_gradients_are_those_of_separate_products(method, dtype, most, monkeypatch):
-    widths = thin_products(monkeypatch)
+    widths = narrow_products(monkeypatch)
     apart = adapted(METHODS[method], dtype)
     together = share(copy.deepcopy(apart))
     del widths[:]
@@ -89,7 +89,7 @@ def test_losses_and_gradients_are_those_of_separate_products(method, dtype, most
 
 def test_each_product_is_of_all_factors_once_a_layer(monkeypatch):
     model = share(adapted(METHODS["ranks"]))
-    widths = thin_products(monkeypatch)
+    widths = narrow_products(monkeypatch)
     gradients(model)
     assert widths == [[4, 2, 4], [4, 7]] * model.config.num_hidden_layers
 
@@ -98,7 +98,7 @@ def test_a_pinned_start_is_computed_apart(monkeypatch):
     model = llama()
     attach(model, METHODS["lora"])
     initialise(model, PiSSA())
-    widths = thin_products(monkeypatch)
+    widths = narrow_products(monkeypatch)
     expected = gradients(model.train())
     assert gradients(share(model)).keys() == expected.keys()
     assert not widths
@@ -152,7 +152,7 @@ def test_what_was_computed_without_a_graph_is_not_trained_on():
 
 def test_inactive_adapters_are_left_out(monkeypatch):
     model = share(adapted(METHODS["lora"]))
-    widths = thin_products(monkeypatch)
+    widths = narrow_products(monkeypatch)
     with bypassed(model):
         gradients_off = model(**batch(), use_cache=False).loss
     assert not widths
@@ -187,7 +187,7 @@ def test_a_copy_shares_among_its_own(again, monkeypatch):
     assert groups(other) == groups(model)
     own = {adapter for *_, adapter in adapted_layers(other)}
     assert all(set(adapter.shared_input.members) <= own for *_, adapter in sharing(other))
-    widths = thin_products(monkeypatch)
+    widths = narrow_products(monkeypatch)
     gradients(other)
     assert widths
 
@@ -198,7 +198,7 @@ def test_recomputed_layers_share_too(monkeypatch):
     model = share(adapted(METHODS["lora"]))
     expected = gradients(model)
     recompute_activations(model)
-    widths = thin_products(monkeypatch)
+    widths = narrow_products(monkeypatch)
     found = gradients(model)
     assert len(widths) == 4 * model.config.num_hidden_layers  # forward, and again
     for name, value in expected.items():

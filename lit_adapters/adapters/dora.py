@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lit_adapters.adapters.base import Adapted, AdapterSpec, bias_of
 from lit_adapters.adapters.lora import LoRA
@@ -130,7 +131,10 @@ class DoRAAdapter(LoRAAdapter):
     def _weight_times(self, layer: nn.Module, A: Tensor) -> Tensor:
         """Return ``W A^T`` (groups, out / groups, r); ``A`` is (groups, r, in)."""
         if self.groups == 1:
-            return torch.cat([block @ A[0].T for block in weight_blocks(layer)])[None]
+            products = [
+                F.linear(A[0], block) for block in weight_blocks(layer)
+            ]  # (r, rows): faster
+            return torch.cat(products, 1).T[None]
         weight = torch.cat(list(weight_blocks(layer)))
         return weight.unflatten(0, (self.groups, -1)) @ A.mT
 

@@ -14,7 +14,6 @@ from lit_adapters.adapters.taken import KeepsTaken
 from lit_adapters.initialisers import Factored, Factors, Initialiser, Kaiming, RewritesBase
 from lit_adapters.weights import (
     add_low_rank,
-    add_scaled,
     factor_shapes,
     group_count,
     is_lookup,
@@ -187,7 +186,7 @@ class LoRAAdapter(KeepsTaken):
         shared = None if self.shared_input is None else self.shared_input.product(self, x)
         if shared is None:
             return add_low_rank(layer, output, x, *factors, self.scale)
-        return add_scaled(output, shared, factors.B, self.scale)
+        return add_low_rank(layer, output, x, *factors, self.scale, hidden=shared)
 
     def drops(self, x: Tensor) -> bool:
         """Whether dropout acts on the input ``x``."""
@@ -201,11 +200,10 @@ class LoRAAdapter(KeepsTaken):
         """
         A: Tensor = self.lora_A
         B: Tensor = self.lora_B
-        if self.lora_A0 is None or self.lora_B0 is None:
+        A0, B0 = self.lora_A0, self.lora_B0
+        if A0 is None or B0 is None:
             return Factors(A, B)
-        return Factors(
-            self._stacked(A, A - self.lora_A0), torch.cat([B - self.lora_B0, self.lora_B0], 1)
-        )
+        return Factors(self._stacked(A, A - A0), torch.cat([B - B0, B0], 1))
 
     def product(self) -> Tensor:
         """Return ``B A`` less the pinned origin, (out, in), fp32; block by block where grouped."""

@@ -7,7 +7,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lit_adapters.weights import thin_products
+from lit_adapters.weights import branch_dtype, is_transformed, narrow_products
 
 
 class Member(Protocol):
@@ -40,39 +40,38 @@ class SharedInput:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self._ready: dict[Member, Ready] = {}
-        self._source: tuple[Any, ...] = ()
+        self._source: ref[Tensor] | None = None
+        self._state: tuple[Any, ...] = ()
 
     def product(self, adapter: Member, x: Tensor) -> Tensor | None:
-        """Return ``x A^T`` (..., r) of a member; None if it is to compute that itself."""
-        if torch.compiler.is_compiling():
+        """Return ``A x^T`` (r, rows) of a member; None if it is to compute that itself."""
+        if is_transformed():
             return None
+        state = _state(x)
         if adapter is self.members[0]:
-            self._compute(x)
+            self._source, self._state = ref(x), state
+            self._ready = self._computed(x)
         ready = self._ready.pop(adapter, None)
-        if ready is None or not self._is_source(x):
+        if ready is None or self._source is None or self._source() is not x or self._state != state:
             return None
-        unchanged = ready.factor is adapter.lora_A and ready.version == adapter.lora_A._version
-        return ready.product if unchanged else None
+        product, factor, version = ready
+        return product if factor is adapter.lora_A and factor._version == version else None
 
-    def _compute(self, x: Tensor) -> None:
+    def _computed(self, x: Tensor) -> dict[Member, Ready]:
         members = [m for m in self.members if m.active and not m.pinned and not m.drops(x)]
+        if len(members) < 2:
+            return {}
         factors = [member.lora_A for member in members]
-        self._ready, self._source = {}, (ref(x), *_state(x))
-        if len(members) > 1:
-            for member, product in zip(members, thin_products(x, factors), strict=True):
-                self._ready[member] = Ready(product, member.lora_A, member.lora_A._version)
-
-    def _is_source(self, x: Tensor) -> bool:
-        source, *state = self._source
-        return source() is x and tuple(state) == _state(x)
+        parts = zip(narrow_products(x, factors), factors, strict=True)
+        ready = [Ready(product, factor, factor._version) for product, factor in parts]
+        return dict(zip(members, ready, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the members, not what is on its way between them."""
-        return {"members": self.members, "_ready": {}, "_source": ()}
+        return {**self.__dict__, "_ready": {}, "_source": None}
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What a product depends on beside the factor: whether ``x`` was written to, and the mode."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return None if x.is_inference() else x._version, torch.is_grad_enabled(), autocast
+    version = None if x.is_inference() else x._version
+    return version, torch.is_inference_mode_enabled(), branch_dtype(x, x)

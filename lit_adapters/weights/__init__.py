@@ -7,7 +7,9 @@ class with the functions below; nothing else in the library changes.
 from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
 from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
+from lit_adapters.weights.branch import branch_dtype, is_transformed, narrow_products
 from lit_adapters.weights.quantised import hush, rounded
+from lit_adapters.weights.recipes import note_recipe
 from lit_adapters.weights.storage import (
     add_low_rank,
     allocate,
@@ -32,13 +34,11 @@ from lit_adapters.weights.storage import (
     weight_blocks,
     write_weight,
 )
-from lit_adapters.weights.thin_product import thin_products
-from lit_adapters.weights.thin_sum import add_scaled
 
 __all__ = [
     "add_low_rank",
-    "add_scaled",
     "allocate",
+    "branch_dtype",
     "as_matrix",
     "factor_shapes",
     "foreign_forward",
@@ -48,9 +48,12 @@ __all__ = [
     "hush",
     "is_lookup",
     "is_plain",
+    "is_transformed",
     "settle",
     "matrix_shape",
     "multiplies_rows",
+    "narrow_products",
+    "note_recipe",
     "peft_agrees",
     "per_output",
     "read_weight",
@@ -59,7 +62,6 @@ __all__ = [
     "rounding",
     "side_tensors",
     "stored_matrix",
-    "thin_products",
     "weight_blocks",
     "write_weight",
 ]

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lit_adapters.weights.branch import add_branch, add_product
 from lit_adapters.weights.storage import (
     add_low_rank,
     as_matrix,
@@ -11,8 +12,6 @@ from lit_adapters.weights.storage import (
     matrix_shape,
     multiplies_rows,
 )
-from lit_adapters.weights.thin_product import thin_product
-from lit_adapters.weights.thin_sum import add_scaled
 
 
 @matrix_shape.register(nn.Linear)
@@ -38,18 +37,8 @@ def _(layer: Conv1D | nn.Embedding, stored: Tensor) -> Tensor:
     return stored.T
 
 
-@add_low_rank.register(nn.Linear)
-@add_low_rank.register(Conv1D)
-def _(
-    layer: nn.Linear | Conv1D,
-    output: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dropout: float = 0.0,
-) -> Tensor:
-    return add_scaled(output, thin_product(x, A, dropout), B, scale)
+add_low_rank.register(nn.Linear, add_branch)
+add_low_rank.register(Conv1D, add_branch)
 
 
 @add_low_rank.register(nn.Embedding)
@@ -58,7 +47,7 @@ def _(layer: nn.Embedding, output: Tensor, x: Tensor, A: Tensor, B: Tensor, scal
     # It is read as a buffer or number at call time: a cast of the model casts it as well.
     factor = getattr(layer, "embed_scale", 1.0)
     hidden = F.embedding(x, A.T, padding_idx=layer.padding_idx)
-    return add_scaled(output, hidden * factor, B, scale)
+    return add_product(output, hidden * factor, B, scale)
 
 
 @is_lookup.register(nn.Embedding)

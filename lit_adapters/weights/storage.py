@@ -147,6 +147,7 @@ def add_low_rank(
     B: Tensor,  # (out, r)
     scale: float,
     dropout: float = 0.0,
+    hidden: Tensor | None = None,  # ``A x^T`` (r, rows), where the layer `multiplies_rows`
 ) -> Tensor:
     """``output + scale * B A dropout(x)``, the matrices applied as ``layer`` applies its own."""
     raise TypeError(f"no storage is registered for {type(layer).__name__}")
@@ -176,7 +177,7 @@ def group_count(layer: nn.Module) -> int:
 
 @singledispatch
 def multiplies_rows(layer: nn.Module) -> bool:
-    """Whether `add_low_rank` is `add_scaled` of `thin_product`, for every row of the input."""
+    """Whether `add_low_rank` multiplies every row of the input, and takes a product made before."""
     return False
 
 
