@@ -17,6 +17,7 @@ from lit_adapters.adapters import (
     adapters_of,
     own_modules,
 )
+from lit_adapters.blocks import make_stock
 from lit_adapters.holders import is_held_elsewhere
 from lit_adapters.initialisers import named_generator
 from lit_adapters.targets import match_targets
@@ -210,6 +211,7 @@ def detach(model: Model) -> Model:
     It is as it was, except what `FullFineTuning` has trained.
     """
     unmount(model)
+    make_stock(model)
     return model
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lit_adapters.adapters import Adapted, Adapter, adapters_of
 from lit_adapters.attachment import adapted_layers, check_removable, owners_of, remove_adapters
+from lit_adapters.blocks import make_stock
 from lit_adapters.weights import is_plain
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,6 +59,7 @@ def merge(model: Model, untie: bool = False) -> Model:
         _untie(layer, key, model)
     for layer in {id(layer): layer for _, layer, _ in adapted}.values():
         _merge_layer(layer)
+    make_stock(model)
     return model
 
 

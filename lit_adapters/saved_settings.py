@@ -60,7 +60,7 @@ def trusted_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
         key: saved[key]
         for key in ("base", "tokenizer", "warmup", "lora_plus_ratio", "embedding_lr",
                     "gradient_checkpointing", "dtype", "revision",
-                    "attn_implementation", "max_new_tokens")
+                    "attn_implementation", "max_new_tokens", "lean_blocks")
         if isinstance(saved.get(key), str | bool | int | float)
     }  # fmt: skip
     if isinstance(saved.get("adapter"), Mapping):

@@ -25,6 +25,7 @@ FLOORS = {
     "holders.py": 1,
     "spread.py": 1,
     "adapters/": 2,
+    "blocks/": 2,
     "targets.py": 2,
     "footprint.py": 3,
     "attachment.py": 3,

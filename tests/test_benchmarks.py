@@ -62,7 +62,7 @@ def test_step_compares_gradients_and_counts_what_is_kept(run):
     assert list(tables) == [f"float32, gradient checkpointing {how}" for how in ("off", "on")]
     plain, recomputed = map(by_name, tables.values())
     assert plain.keys() == recomputed.keys()
-    assert len(plain) == 14
+    assert len(plain) == 15
     for rows in (plain, recomputed):
         for name in ("LoRA", "LoRA, our loss", "DoRA", "PiSSA (pinned)", "LLaMA-Adapter"):
             assert rows[name]["gradients off by"] < 1e-4
@@ -72,7 +72,8 @@ def test_step_compares_gradients_and_counts_what_is_kept(run):
         assert rows["frozen base"]["/ bound"] == 1
     assert plain["DoRA"]["saved / peer"] < 0.7
     assert plain["LoRA, dropout 0.05"]["peak / peer"] < 0.9
-    assert plain["frozen base"]["saved, MB"] < plain["LoRA"]["saved, MB"]
+    kept = [plain[name]["saved, MB"] for name in ("LoRA", "frozen base", "LoRA, blocks not lean")]
+    assert kept == sorted(kept)
     for name, row in plain.items():
         assert recomputed[name]["saved, MB"] < 0.6 * row["saved, MB"]
     turns = found["seconds"]["float32, gradient checkpointing off"]
@@ -98,7 +99,7 @@ def test_compiled_sides_are_compiled_alike_and_once(run):
     tables, _ = run("step", *ONE_PAIR, "--compile", "off", "on", "--backend=eager")
     plain, compiled = map(by_name, tables.values())
     assert list(tables)[1] == "float32, gradient checkpointing off, compiled"
-    assert plain.keys() == compiled.keys()
+    assert plain.keys() - compiled.keys() == {"LoRA, blocks not lean"}  # none is, compiled
     assert compiled["LoRA"]["graphs"] == compiled["PEFT LoRA"]["graphs"] == 2
     assert compiled["LoRA again (A/A)"]["graphs"] == 0  # it is given those of the first
     assert compiled["LoRA again (A/A)"]["first pass, s"] < compiled["LoRA"]["first pass, s"]

@@ -2,14 +2,12 @@
 
 import json
 import logging
-from contextlib import nullcontext
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 import lit_adapters.compilation
-import lit_adapters.first_steps
 from lit_adapters import (
     AdapterCheckpoint,
     DoRA,
@@ -22,8 +20,11 @@ from lit_adapters import (
     PiSSA,
     PrefixTuning,
 )
+from lit_adapters.adapters import shared_input
+from lit_adapters.blocks import gated_mlp, rms_norm
 from lit_adapters.callbacks import SampleGenerations
 from lit_adapters.data import collate
+from lit_adapters.weights import branch
 from tests.data.word_tokenizer import word_tokenizer
 from tests.models import PAD, llama, qwen2, trainable
 from tests.test_compilation import _nothing_compiled as _nothing_compiled
@@ -70,7 +71,11 @@ FITS = {  # what is not said is LoRA on one batch of six equal ones
     "recomputed": {"settings": {"gradient_checkpointing": "full"}},
     "every second layer recomputed": {"settings": {"gradient_checkpointing": 2}},
     "full, recomputed": {**FULL, "settings": {"gradient_checkpointing": "full"}},
-    "biases": {"adapter": LoRA(rank=4, bias="all"), "base": qwen2},
+    # Not those of keys: no loss depends on them, so that Adam would follow what is rounded.
+    "biases": {
+        "adapter": LoRA(rank=4, bias="adapter", targets=["q_proj", "v_proj"]),
+        "base": qwen2,
+    },
     "embeddings": {"adapter": LoRA(rank=4, targets=["embed_tokens", "q_proj", "lm_head"])},
     "trained copies": {"adapter": LoRA(rank=4, modules_to_save=["layers.0.mlp.up_proj"])},
     "bf16-mixed": {"trainer": {"precision": "bf16-mixed"}},
@@ -97,7 +102,8 @@ def run(folder, backend, case, train, validation=None, **options):
     return steps, trainable(module.model)
 
 
-def assert_equal_runs(found, expected, rtol=1e-4, atol=1e-5):
+def assert_equal_runs(found, expected, rtol=1e-4, atol=1e-4):
+    """To a hundredth of a step of Adam, which enlarges what both round in an order of their own."""
     (steps, trained), (other, wanted) = found, expected
     assert steps.loss == pytest.approx(other.loss, rel=rtol)
     assert trained.keys() == wanted.keys()
@@ -106,17 +112,18 @@ def assert_equal_runs(found, expected, rtol=1e-4, atol=1e-5):
 
 
 @pytest.fixture
-def apart(monkeypatch):
-    """Every layer computes its own product, as compiled ones do: in bf16 the order shows."""
-    monkeypatch.setattr(
-        lit_adapters.first_steps, "finding_shared_inputs", lambda model: nullcontext()
-    )
+def stepwise(monkeypatch):
+    """Plain layers compute one operation after the other, as compiled ones do: bf16 shows it."""
+    for place in (branch, gated_mlp, rms_norm, shared_input):
+        monkeypatch.setattr(place, "is_transformed", lambda: True)
 
 
 @pytest.mark.parametrize("name", FITS)
 def test_a_fit_is_that_of_the_plain_model_and_compiles_in_its_first_step_alone(
-    tmp_path, name, apart
+    tmp_path, name, request
 ):
+    if name.startswith("bf16"):
+        request.getfixturevalue("stepwise")
     plain, compiled = (
         run(tmp_path, backend, FITS[name], of_lengths([12] * 6)) for backend in (False, "eager")
     )
