@@ -39,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 from lit_adapters import DoRA, FullFineTuning, LoRA, PiSSA, QPiSSA, attach, initialise
 from lit_adapters.adapters import AdapterSpec
 from lit_adapters.base_model import load_base
+from lit_adapters.blocks import make_lean
 from lit_adapters.footprint import footprint, optimizer_bytes
 from lit_adapters.initialisers import Initialiser
 from lit_adapters.losses import LossKind
@@ -179,6 +180,7 @@ def build(method: Method, folder: Path, options: argparse.Namespace) -> Job:
     attach(model, method.adapter, seed=0)
     if method.start is not None:
         initialise(model, method.start, seed=0)
+    make_lean(model)
     if method.recompute_every:
         recompute_activations(model, method.recompute_every)
     optimizer = optimizer_for(model.train(), method)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lit_adapters import AdapterSet, LoRA, attach
+from lit_adapters.blocks import make_lean
 
 POINTS = {
     "rank": [4, 8, 16, 32, 64, 128],
@@ -106,6 +107,7 @@ def point(axis: str, value: int, options: argparse.Namespace) -> dict[str, Side]
         theirs = with_peft(sharing(bare), config(rank))
         switch = their_switch = None
         held = their_held = 0
+    make_lean(mine)
     found = {}
     for name, model, change, size in (
         (OURS, mine, switch, held),

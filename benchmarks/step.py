@@ -47,6 +47,7 @@ from torch.optim import AdamW
 from lit_adapters import DoRA, FullFineTuning, LLaMAAdapter, LoRA, PiSSA, attach, initialise
 from lit_adapters.adapters import AdapterSpec, LoRAAdapter
 from lit_adapters.attachment import adapted_layers
+from lit_adapters.blocks import make_lean
 from lit_adapters.compilation import compile_layers
 from lit_adapters.input_sharing import finding_shared_inputs
 from lit_adapters.losses import LossKind
@@ -55,6 +56,7 @@ from lit_adapters.recompute import recompute_activations
 from lit_adapters.weights import read_weight, write_weight
 
 BOUND, REFERENCE, AGAIN = "frozen base", "LoRA", "LoRA again (A/A)"
+STOCK = "LoRA, blocks not lean"
 
 
 @dataclass
@@ -101,12 +103,16 @@ def our_loss(kind: LossKind = "auto") -> Loss:
     return loss
 
 
-def adapted(bare: nn.Module, spec: AdapterSpec, start: PiSSA | None = None) -> nn.Module:
-    """Our side; trained as if it had been, a little."""
+def adapted(
+    bare: nn.Module, spec: AdapterSpec, start: PiSSA | None = None, lean: bool = True
+) -> nn.Module:
+    """Our side, as a fit makes it; trained as if it had been, a little."""
     model = llama_copy(bare) if isinstance(spec, FullFineTuning) else sharing(bare)
     attach(model, spec, seed=0)
     if start is not None:
         initialise(model, start, seed=0)
+    if lean:
+        make_lean(model)
     with torch.no_grad(), finding_shared_inputs(model):  # as before the first step of a fit
         model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     return shake(model)
@@ -160,7 +166,9 @@ def recompute(model: Any) -> None:
         recompute_activations(model)
 
 
-def sides(bare: nn.Module, rank: int, layers: int, only: Sequence[str]) -> dict[str, Side]:
+def sides(
+    bare: nn.Module, rank: int, layers: int, only: Sequence[str], lean: bool
+) -> dict[str, Side]:
     pinned = PiSSA(niter=4)
     specs: dict[str, tuple[AdapterSpec, PiSSA | None]] = {
         REFERENCE: (LoRA(rank, 2 * rank), None),
@@ -173,14 +181,17 @@ def sides(bare: nn.Module, rank: int, layers: int, only: Sequence[str]) -> dict[
     for name, (spec, start) in specs.items():
         if only and name != REFERENCE and not any(word in name for word in only):
             continue
-        mine = adapted(bare, spec, start)
+        mine = adapted(bare, spec, start, lean)
         found[name] = Side(mine, stock_loss, f"PEFT {name}")
         found[f"PEFT {name}"] = Side(counterpart(bare, mine, spec), stock_loss)
         if name == REFERENCE:
-            found[AGAIN] = Side(adapted(bare, spec), stock_loss, REFERENCE)
-            found["LoRA, our loss"] = Side(adapted(bare, spec), our_loss(), f"PEFT {name}")
+            found[AGAIN] = Side(adapted(bare, spec, lean=lean), stock_loss, REFERENCE)
+            if lean:
+                found[STOCK] = Side(adapted(bare, spec, lean=False), stock_loss, f"PEFT {name}")
+            mine = adapted(bare, spec, lean=lean)
+            found["LoRA, our loss"] = Side(mine, our_loss(), f"PEFT {name}")
     if not only or "full" in only:
-        found["full fine-tuning"] = Side(adapted(bare, FullFineTuning()), stock_loss)
+        found["full fine-tuning"] = Side(adapted(bare, FullFineTuning(), lean=lean), stock_loss)
     return found
 
 
@@ -215,7 +226,7 @@ def measure(
     bare: nn.Module, again: bool, backend: str | None, ids: Tensor, options: argparse.Namespace
 ) -> tuple[list[Row], dict[str, Times]]:
     """The table of one dtype, with or without recomputed and compiled layers."""
-    all_sides = sides(bare, options.rank, options.layers, options.only)
+    all_sides = sides(bare, options.rank, options.layers, options.only, lean=backend is None)
     if again:
         for side in all_sides.values():
             recompute(side.model)
