@@ -8,7 +8,7 @@ from torch.autograd.function import Function
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lit_adapters.weights.branch import add_branch, narrow_products
+from lit_adapters.weights.branch import THIN, add_branch, narrow_products
 
 SCALE = 1.5
 LAYERS = {
@@ -18,11 +18,11 @@ LAYERS = {
 }
 
 
-def tensors(*shape):
+def tensors(*shape, rank=3):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*shape, 6, generator=generator, requires_grad=True)
-    A = torch.randn(3, 6, generator=generator, requires_grad=True)
-    B = torch.randn(5, 3, generator=generator, requires_grad=True)
+    A = torch.randn(rank, 6, generator=generator, requires_grad=True)
+    B = torch.randn(5, rank, generator=generator, requires_grad=True)
     return x, A, B
 
 
@@ -42,9 +42,9 @@ def ready(layer, output, x, A, B, scale, dropout=0.0):
     return add_branch(layer, output, x, A, B, scale, dropout, None if dropout else hidden)
 
 
-def run(add, layer, dtype, shape=(2, 4), autocast=False, dropout=0.0, base=None):
+def run(add, layer, dtype, shape=(2, 4), autocast=False, dropout=0.0, base=None, rank=3):
     """What comes out of an adapted layer, gradients of what went in, and random numbers after."""
-    x, A, B = given = [t.detach().to(dtype).requires_grad_() for t in tensors(*shape)]
+    x, A, B = given = [t.detach().to(dtype).requires_grad_() for t in tensors(*shape, rank=rank)]
     x = x.to(base or dtype)
     torch.manual_seed(5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -56,11 +56,12 @@ def run(add, layer, dtype, shape=(2, 4), autocast=False, dropout=0.0, base=None)
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 4), (2, 1, 2), (0, 3)])
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("rank", [1, THIN - 1, THIN])
 @pytest.mark.parametrize("add", [add_branch, ready])
-def test_sums_and_gradients_are_those_of_float64(add, kind, shape):
+def test_sums_and_gradients_are_those_of_float64(add, rank, kind, shape):
     layer = frozen(kind)
-    found = run(add, layer, torch.float32, shape)
-    expected = run(plain, layer.double(), torch.float64, shape)
+    found = run(add, layer, torch.float32, shape, rank=rank)
+    expected = run(plain, layer.double(), torch.float64, shape, rank=rank)
     for one, truth in zip(found[:4], expected[:4], strict=True):
         torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-6)
 
