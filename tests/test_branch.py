@@ -247,6 +247,23 @@ def test_second_derivatives_are_exact(kind, add):
     assert torch.autograd.gradgradcheck(out, given)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_of_many_sums_may_be_asked_for_at_once(kind, dropout):
+    layer = frozen(kind)
+    given = tensors(2, 4)
+    added = add_branch(layer, layer(given[0]), *given, SCALE, dropout).flatten()
+    many = torch.eye(len(added))
+
+    def gradients(slope, **more):
+        return torch.autograd.grad(added, given, slope, retain_graph=True, **more)
+
+    each = [torch.stack(those) for those in zip(*map(gradients, many), strict=True)]
+    for at_once in (gradients(many, is_grads_batched=True), torch.func.vmap(gradients)(many)):
+        for batched, apart in zip(at_once, each, strict=True):
+            torch.testing.assert_close(batched, apart)
+
+
 def test_transforms_of_functions_are_those_of_the_plain_sum():
     layer = frozen()
 
@@ -362,6 +379,18 @@ def test_a_hook_beside_ours_may_have_replaced_the_output():
     add_branch(layer, replaced(layer, x), x, A, B, SCALE).sum().backward()
     expected = torch.full((2, 4, 6), 5.0) + SCALE * (B.sum(0) @ A)
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_view_made_without_gradients_gets_none():
+    layer = frozen()
+    x, A, B = tensors(4)
+    inner = x * 1
+    with torch.no_grad():
+        inner = inner.view(4, 6)
+    assert inner.requires_grad
+    add_branch(layer, layer(inner), inner, A, B, SCALE).sum().backward()
+    assert x.grad is None
+    assert A.grad.any()
 
 
 def test_the_right_one_of_several_outputs_gets_the_gradient():

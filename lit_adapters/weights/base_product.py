@@ -42,6 +42,8 @@ def is_product_alone(layer: nn.Module, output: Tensor, x: Tensor) -> bool:
     if type(node).__name__ not in PRODUCTS:
         return False
     trained = [edge for edge in node.next_functions if edge[0] is not None]
+    if not trained:  # `x` is a view that was made without gradients of what has some
+        return False
     if not _leads_to(trained, x) and type(trained[0][0]).__name__ in VIEWS:  # of `x`, as rows
         trained = [*trained[0][0].next_functions, *trained[1:]]
     return _leads_to(trained, x)

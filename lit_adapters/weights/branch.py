@@ -188,9 +188,15 @@ def _to_input(
     if through_base is None:
         return _cast(kept((narrow.T @ A).view(x.shape), keep), x.dtype)
     if keep is None and through_base.dtype == A.dtype:
-        out = None if torch.is_grad_enabled() else through_base
+        out = None if torch.is_grad_enabled() or _is_batched(through_base) else through_base
         return torch.addmm(through_base, narrow.T, A, out=out).view(x.shape)
     return through_base.view(x.shape).add_(kept((narrow.T @ A).view(x.shape), keep))
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for many, of which torch writes none to an ``out``."""
+    many: bool = torch._C._functorch.is_legacy_batchedtensor(gradient)  # by `is_grads_batched`
+    return many or torch._C._are_functorch_transforms_active()
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
