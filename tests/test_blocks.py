@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from io import BytesIO
 
 import pytest
 import torch
@@ -206,21 +207,78 @@ OTHERS = {
     "a hooked activation": lambda mlp: mlp.act_fn.register_forward_hook(lambda *_: None),
     "a changed input": lambda mlp: mlp.act_fn.register_forward_pre_hook(doubled),
     "a hook for gradients": lambda mlp: mlp.act_fn.register_full_backward_hook(lambda *_: None),
+    "a changed gradient": lambda mlp: mlp.act_fn.register_full_backward_pre_hook(doubled),
+    "in place": lambda mlp: setattr(mlp, "act_fn", nn.SiLU(inplace=True)),
+    "wrapped": lambda mlp: setattr(mlp.act_fn, "forward", F.softplus),
+    "of several functions": lambda mlp: setattr(mlp, "act_fn", ACT2FN["gelu_python_tanh"]),
 }
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("other", OTHERS)
-def test_other_activations_are_computed_by_autograd(other):
+def test_other_activations_are_computed_by_autograd(other, when):
     found = {}
     for lean in (False, True):
         model = mlp()
+        if lean and when == "after":
+            make_lean(model)
         OTHERS[other](model)
-        if lean:
+        if lean and when == "before":
             make_lean(model)
         x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        model(x).sin().sum().backward()
+        out = model(x)
+        assert "GatedProduct" not in str(nodes(out.grad_fn))
+        out.sin().sum().backward()
         found[lean] = x.grad
     assert torch.equal(found[True], found[False])
+
+
+def nodes(node):
+    """All of a graph, by depth."""
+    return [] if node is None else [node, *(n for f, _ in node.next_functions for n in nodes(f))]
+
+
+def test_an_activation_given_later_is_trained():
+    model = mlp()
+    make_lean(model)
+    model.act_fn = nn.PReLU()
+    model(torch.randn(2, 32)).sum().backward()
+    assert model.act_fn.weight.grad.any()
+
+
+def test_hooks_of_every_module_are_called():
+    model, seen = mlp(), []
+    make_lean(model)
+    handle = nn.modules.module.register_module_forward_hook(noticed(seen))
+    try:
+        model(torch.randn(2, 32))
+    finally:
+        handle.remove()
+    assert "SiLUActivation" in seen
+
+
+def test_whoever_keeps_the_product_may_save_it():
+    model, inputs, file = mlp(), [], BytesIO()
+    make_lean(model)
+    model.down_proj.register_forward_pre_hook(lambda layer, args: inputs.extend(args))
+    model(torch.randn(2, 32))
+    torch.save(inputs, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)[0], inputs[0])
+
+
+def test_the_input_of_a_norm_may_be_named():
+    made = norm()
+    x = torch.randn(2, 16, requires_grad=True)
+    expected = made(hidden_states=x)
+    make_lean(made)
+    assert torch.equal(made(hidden_states=x), expected)
+
+
+def test_a_symbolic_trace_is_of_the_stock_computation():
+    model, x = nn.Sequential(norm(32), mlp()), torch.randn(2, 32)
+    make_lean(model)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 class Sparse(LlamaMLP):
@@ -339,6 +397,13 @@ def test_the_module_makes_its_model_lean_unless_told_not_to(settings, lean):
         module = AdapterFineTuneModule(model, **given)
         module.configure_model()
     assert ("model.layers.0.mlp" in swapped(module.model)) == lean
+
+
+def test_a_lean_model_passed_in_is_stock_again_if_that_is_asked_for():
+    module = AdapterFineTuneModule(llama())
+    module.configure_model()
+    AdapterFineTuneModule(module.model, lean_blocks=False).configure_model()
+    assert not swapped(module.model)
 
 
 def test_every_listed_activation_is_one_of_transformers():

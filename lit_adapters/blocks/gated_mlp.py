@@ -1,14 +1,16 @@
 """Gated MLPs that keep their two halves for the backward pass, and make the product again."""
 
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.nn.modules import module
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from lit_adapters.weights import is_transformed, note_recipe
+from lit_adapters.weights import forget_recipe, is_transformed, note_recipe
 
 ACTIVATIONS = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
 
@@ -21,7 +23,7 @@ def stock(self: Any, x: Tensor) -> Tensor:
 
 def fits(mlp: Any) -> bool:
     """Whether the activation is one that may be computed twice."""
-    return type(mlp.act_fn) in ACTIVATIONS
+    return _is_known(mlp.act_fn)
 
 
 def lean(mlp: Any, x: Tensor) -> Tensor:
@@ -34,18 +36,37 @@ def lean(mlp: Any, x: Tensor) -> Tensor:
         return mlp.down_proj(act(gate) * up)
     product = _GatedProduct.apply(act, gate, up)
     note_recipe(product, partial(_product, act), gate, up)
-    return mlp.down_proj(product)
+    try:
+        return mlp.down_proj(product)
+    finally:
+        forget_recipe(product)  # whoever keeps the product shall not keep the halves
 
 
 def _is_plain(act: nn.Module, gate: Tensor, up: Tensor) -> bool:
     """Whether gradients are wanted, and nobody looks at the activation."""
     return (
-        gate.requires_grad
+        type(gate) is type(up) is Tensor
+        and gate.requires_grad
         and up.requires_grad
         and torch.is_grad_enabled()
         and gate.dtype == up.dtype
         and not is_transformed()
-        and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks)
+        and _is_known(act)  # still
+        and not (act._forward_hooks or act._forward_pre_hooks)
+        and not (act._backward_hooks or act._backward_pre_hooks or module._has_any_global_hook())
+    )
+
+
+def _is_known(act: Any) -> bool:
+    """Whether it computes with one of torch's functions, and does not write to its input.
+
+    Autocast may round within what is put together of several, and the second time it is off.
+    """
+    return (
+        type(act) in ACTIVATIONS
+        and not getattr(act, "inplace", False)
+        and not isinstance(getattr(act, "act", None), MethodType)
+        and "forward" not in vars(act)
     )
 
 

@@ -23,11 +23,12 @@ def fits(norm: Any) -> bool:
     return True
 
 
-def lean(norm: Any, x: Tensor) -> Tensor:
-    """Compute as `stock`; gradients of ``x`` by one formula instead of seven."""
-    weight = norm.weight
+def lean(norm: Any, hidden_states: Tensor) -> Tensor:
+    """Compute as `stock`; gradients of the input by one formula instead of seven."""
+    x, weight = hidden_states, norm.weight
     if (
-        not x.requires_grad
+        type(x) is not Tensor
+        or not x.requires_grad
         or not torch.is_grad_enabled()
         or weight.requires_grad
         or is_transformed()

@@ -9,7 +9,7 @@ from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and
 from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
 from lit_adapters.weights.branch import branch_dtype, is_transformed, narrow_products
 from lit_adapters.weights.quantised import hush, rounded
-from lit_adapters.weights.recipes import note_recipe
+from lit_adapters.weights.recipes import forget_recipe, note_recipe
 from lit_adapters.weights.storage import (
     add_low_rank,
     allocate,
@@ -41,6 +41,7 @@ __all__ = [
     "branch_dtype",
     "as_matrix",
     "factor_shapes",
+    "forget_recipe",
     "foreign_forward",
     "group_count",
     "has_matrix",

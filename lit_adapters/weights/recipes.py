@@ -22,6 +22,11 @@ def note_recipe(made: Tensor, make: Callable[..., Tensor], *ingredients: Tensor)
     made.recipe = Recipe(make, ingredients, made._version)  # type: ignore[attr-defined]
 
 
+def forget_recipe(made: Tensor) -> None:
+    """Undo `note_recipe`: whoever keeps the tensor then keeps no more than that."""
+    del made.recipe  # type: ignore[attr-defined]
+
+
 def recipe_of(x: Tensor) -> Recipe:
     """Return how to make ``x`` again: of itself, where nobody has said how."""
     recipe: Recipe | None = getattr(x, "recipe", None)
