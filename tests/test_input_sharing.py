@@ -137,6 +137,27 @@ def test_another_input_a_changed_one_and_a_changed_factor_get_a_product_of_their
     same(x)  # what was taken is gone
 
 
+def test_another_thread_that_overtakes_leaves_each_its_own_product(monkeypatch):
+    from lit_adapters.adapters import shared_input
+
+    model = share(adapted(METHODS["lora"]))
+    alone = copy.deepcopy(model)
+    for *_, adapter in adapted_layers(alone):
+        adapter.shared_input = None
+    slow, fast = input_of(model), input_of(model)
+    compute = shared_input.narrow_products
+
+    def overtaken(x, factors):
+        if x is slow:
+            called(model, "q_proj", fast)
+        return compute(x, factors)
+
+    monkeypatch.setattr(shared_input, "narrow_products", overtaken)
+    called(model, "q_proj", slow)
+    for x in (fast, slow):
+        torch.testing.assert_close(called(model, "k_proj", x), called(alone, "k_proj", x))
+
+
 def test_what_was_computed_without_a_graph_is_not_trained_on():
     model = share(adapted(METHODS["lora"]))
     x = input_of(model)

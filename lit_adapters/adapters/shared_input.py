@@ -28,6 +28,8 @@ class Ready(NamedTuple):
     product: Tensor
     factor: nn.Parameter
     version: int
+    source: ref[Tensor]
+    state: tuple[Any, ...]
 
 
 class SharedInput:
@@ -40,8 +42,6 @@ class SharedInput:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self._ready: dict[Member, Ready] = {}
-        self._source: ref[Tensor] | None = None
-        self._state: tuple[Any, ...] = ()
 
     def product(self, adapter: Member, x: Tensor) -> Tensor | None:
         """Return ``A x^T`` (r, rows) of a member; None if it is to compute that itself."""
@@ -49,26 +49,26 @@ class SharedInput:
             return None
         state = _state(x)
         if adapter is self.members[0]:
-            self._source, self._state = ref(x), state
-            self._ready = self._computed(x)
-        ready = self._ready.pop(adapter, None)
-        if ready is None or self._source is None or self._source() is not x or self._state != state:
+            self._ready = self._computed(x, state)
+        ready = self._ready.pop(adapter, None)  # another thread may have put it there
+        if ready is None or ready.source() is not x or ready.state != state:
             return None
-        product, factor, version = ready
-        return product if factor is adapter.lora_A and factor._version == version else None
+        unchanged = ready.factor is adapter.lora_A and ready.factor._version == ready.version
+        return ready.product if unchanged else None
 
-    def _computed(self, x: Tensor) -> dict[Member, Ready]:
+    def _computed(self, x: Tensor, state: tuple[Any, ...]) -> dict[Member, Ready]:
         members = [m for m in self.members if m.active and not m.pinned and not m.drops(x)]
         if len(members) < 2:
             return {}
         factors = [member.lora_A for member in members]
         parts = zip(narrow_products(x, factors), factors, strict=True)
-        ready = [Ready(product, factor, factor._version) for product, factor in parts]
+        source = ref(x)
+        ready = [Ready(product, A, A._version, source, state) for product, A in parts]
         return dict(zip(members, ready, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the members, not what is on its way between them."""
-        return {**self.__dict__, "_ready": {}, "_source": None}
+        return {**self.__dict__, "_ready": {}}
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
