@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lit_adapters import AdapterFineTuneModule, DoRA, FullFineTuning, LoRA, attach, detach, merge
 from lit_adapters.blocks import make_lean, make_stock
+from lit_adapters.estimate import Rehearsal, Training, estimate
 from lit_adapters.recompute import recompute_activations
 from tests.models import batch, gemma, gpt2, llama, mistral, qwen2, shake
 
@@ -160,6 +161,15 @@ def test_a_norm_in_bf16_keeps_its_input_and_not_that_in_fp32():
     norms = [model.model.norm, *(layer.input_layernorm for layer in model.model.layers)]
     assert all(make_lean(one) for one in norms)
     assert before - kept(model) == len(norms) * 40 * 32 * (4 - 2)
+
+
+def test_an_estimate_of_memory_knows_what_is_kept(tmp_path):
+    llama().save_pretrained(tmp_path)
+    most = {}
+    for lean in (False, True):
+        module = AdapterFineTuneModule(str(tmp_path), LoRA(rank=2), lean_blocks=lean)
+        most[lean] = estimate(Rehearsal(Training(module, 4, 32))).largest["activations"]
+    assert most[True] < 0.85 * most[False]
 
 
 def first_mlp(model):

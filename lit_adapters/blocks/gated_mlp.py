@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 from torch.nn.modules import module
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from lit_adapters.weights import forget_recipe, is_transformed, note_recipe
+from lit_adapters.weights import forget_recipe, is_ordinary, is_transformed, note_recipe
 
 ACTIVATIONS = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
 
@@ -45,7 +45,8 @@ def lean(mlp: Any, x: Tensor) -> Tensor:
 def _is_plain(act: nn.Module, gate: Tensor, up: Tensor) -> bool:
     """Whether gradients are wanted, and nobody looks at the activation."""
     return (
-        type(gate) is type(up) is Tensor
+        is_ordinary(gate)
+        and is_ordinary(up)
         and gate.requires_grad
         and up.requires_grad
         and torch.is_grad_enabled()

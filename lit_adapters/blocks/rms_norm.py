@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from lit_adapters.weights import is_transformed
+from lit_adapters.weights import is_ordinary, is_transformed
 
 
 def stock(self: Any, hidden_states: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def lean(norm: Any, hidden_states: Tensor) -> Tensor:
     """Compute as `stock`; gradients of the input by one formula instead of seven."""
     x, weight = hidden_states, norm.weight
     if (
-        type(x) is not Tensor
+        not is_ordinary(x)
         or not x.requires_grad
         or not torch.is_grad_enabled()
         or weight.requires_grad

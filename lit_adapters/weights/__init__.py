@@ -7,7 +7,7 @@ class with the functions below; nothing else in the library changes.
 from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
 from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
-from lit_adapters.weights.branch import branch_dtype, is_transformed, narrow_products
+from lit_adapters.weights.branch import branch_dtype, is_ordinary, is_transformed, narrow_products
 from lit_adapters.weights.quantised import hush, rounded
 from lit_adapters.weights.recipes import forget_recipe, note_recipe
 from lit_adapters.weights.storage import (
@@ -48,6 +48,7 @@ __all__ = [
     "is_adaptable",
     "hush",
     "is_lookup",
+    "is_ordinary",
     "is_plain",
     "is_transformed",
     "settle",

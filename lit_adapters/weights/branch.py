@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.nn import functional as F
@@ -111,6 +112,11 @@ def is_transformed() -> bool:
     )
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """Whether ``x`` is of no class of its own, or stands for such in an estimate of memory."""
+    return type(x) is Tensor or type(x) is FakeTensor
+
+
 class Plan(NamedTuple):
     """How a branch is computed."""
 
@@ -207,7 +213,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _takes_writes(output: Tensor) -> bool:
     """Whether ``output`` is a tensor like any other."""
     return (
-        type(output) is Tensor
+        is_ordinary(output)
         and output.is_contiguous()
         and not is_watched(output)
         and (output._base is None or _is_view_of_all(output, output._base))
