@@ -6,6 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 from transformers.pytorch_utils import Conv1D
 
 from lit_adapters.weights.branch import THIN, add_branch, narrow_products
@@ -333,12 +334,44 @@ def of_a_mode(layer, x):
         return layer(x)
 
 
+class Doubling(torch.Tensor):
+    """A weight that layers multiply with as it says: as of a quantised one, with its scales."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, bias = args
+            return F.linear(x, 2 * weight.as_subclass(torch.Tensor), bias)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def of_a_class(layer, x):
+    if isinstance(layer, Conv1D):  # which calls another function
+        return layer(2 * x)
+    del layer._parameters["weight"]
+    layer.weight = torch.nn.Parameter(frozen().weight.as_subclass(Doubling), requires_grad=False)
+    return layer(x)
+
+
+class Noisy(nn.Module):
+    """What a frozen weight is replaced with, each time that it is read."""
+
+    def forward(self, weight):
+        return weight + torch.randn_like(weight)
+
+
+def noisy(layer, x):
+    register_parametrization(layer, "weight", Noisy())
+    torch.manual_seed(2)
+    return layer(x)
+
+
 OTHER_WAYS = {
     "doubled": lambda layer, x: layer(x) * 2,
     "of something else": lambda layer, x: layer(x.sin()),
     "of one part": lambda layer, x: layer((x * 1).split(2)[0]),
     "strided": lambda layer, x: layer(strided(x) if isinstance(layer, nn.Linear) else 2 * x),
-    **{f.__name__: f for f in (noticed, retained, trained, wrapped, of_a_mode)},
+    **{f.__name__: f for f in (noticed, retained, trained, wrapped, of_a_mode, of_a_class, noisy)},
 }
 
 

@@ -7,7 +7,8 @@ class with the functions below; nothing else in the library changes.
 from lit_adapters.weights import convolution as _convolution  # registers Conv1d, Conv2d, Conv3d
 from lit_adapters.weights import dense as _dense  # registers Linear, Conv1D and Embedding
 from lit_adapters.weights import quantised as _quantised  # registers bitsandbytes' layers
-from lit_adapters.weights.branch import branch_dtype, is_ordinary, is_transformed, narrow_products
+from lit_adapters.weights.base_product import is_ordinary
+from lit_adapters.weights.branch import branch_dtype, is_transformed, narrow_products
 from lit_adapters.weights.quantised import hush, rounded
 from lit_adapters.weights.recipes import forget_recipe, note_recipe
 from lit_adapters.weights.storage import (

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,11 @@ VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 def frozen_matrix(layer: nn.Module) -> Tensor | None:
     """Return the matrix (out, in) of a layer that multiplies with it, and does not train it."""
     if type(layer).forward not in PLAIN or "forward" in layer.__dict__:
+        return None
+    # No property, as of a parametrisation, which may give others each time; and no class of its
+    # own, which may multiply in its own way.
+    weight: Any = layer._parameters.get("weight", vars(layer).get("weight"))
+    if not (is_ordinary(weight) or type(weight) is nn.Parameter):
         return None
     matrix = stored_matrix(layer)
     return None if matrix.requires_grad else matrix
@@ -55,6 +61,11 @@ def _leads_to(edges: Sequence[tuple[Any, int]], x: Tensor) -> bool:
     if x.grad_fn is None:
         return not others and getattr(node, "variable", None) is x
     return not others and node is x.grad_fn and number == x.output_nr
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether ``x`` is of no class of its own, or stands for such in an estimate of memory."""
+    return type(x) is Tensor or type(x) is FakeTensor
 
 
 def is_watched(output: Tensor) -> bool:

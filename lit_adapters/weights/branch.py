@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.nn import functional as F
 
-from lit_adapters.weights.base_product import frozen_matrix, is_product_alone, is_watched
+from lit_adapters.weights.base_product import (
+    frozen_matrix,
+    is_ordinary,
+    is_product_alone,
+    is_watched,
+)
 from lit_adapters.weights.dropout import dropout as drop
 from lit_adapters.weights.dropout import growth, keep_mask, kept
 from lit_adapters.weights.recipes import recipe_of
@@ -110,11 +114,6 @@ def is_transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
-
-
-def is_ordinary(x: Tensor) -> bool:
-    """Whether ``x`` is of no class of its own, or stands for such in an estimate of memory."""
-    return type(x) is Tensor or type(x) is FakeTensor
 
 
 class Plan(NamedTuple):
