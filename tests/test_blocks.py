@@ -333,6 +333,37 @@ def test_second_derivatives_are_exact(form):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_a_hook_for_gradients_is_called_once_where_there_are_second_derivatives():
+    model = mlp()
+    model.gate_proj.register_forward_hook(lambda *args: args[2].register_hook(tripled) and None)
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = []
+    for lean in (False, True):
+        if lean:
+            make_lean(model)
+        found.append(torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)[0])
+    torch.testing.assert_close(*found)
+
+
+def tripled(slope):
+    return 3 * slope
+
+
+@pytest.mark.parametrize("form", ["mlp", "norm"])
+def test_gradients_of_many_sums_may_be_asked_for_at_once(form):
+    model, x = mlp() if form == "mlp" else norm(32), torch.randn(2, 32, requires_grad=True)
+    make_lean(model)
+    out = model(x).flatten()
+
+    def gradient(slope, **more):
+        return torch.autograd.grad(out, x, slope, retain_graph=True, **more)[0]
+
+    many = torch.randn(5, len(out))
+    each = torch.stack([gradient(slope) for slope in many])
+    for at_once in (gradient(many, is_grads_batched=True), torch.func.vmap(gradient)(many)):
+        assert (at_once - each).norm() < 1e-5 * each.norm()
+
+
 def test_transforms_of_functions_see_the_stock_computation():
     model = adapted()
     expected = gradients(model)

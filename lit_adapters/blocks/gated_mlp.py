@@ -87,7 +87,7 @@ class _GatedProduct(Function):
         gate, up = ctx.saved_tensors
         again = torch.is_grad_enabled()  # for second derivatives
         with torch.enable_grad():
-            inner = gate if again else gate.detach().requires_grad_()
+            inner = gate.view_as(gate)  # a tensor without the hooks of that
             active = ctx.act.forward(inner)
         (to_gate,) = torch.autograd.grad(active, inner, slope * up, create_graph=again)
         return None, to_gate, slope * (active if again else active.detach())
