@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_adapters import LoRA, LoRAGA, attach, initialise
+from lit_adapters.blocks import make_lean
 from tests.models import llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -71,6 +72,26 @@ def test_a_step_does_no_more_work_than_pefts_and_holds_less(dtype, dropout, most
     assert flops[0] == flops[1] > 0
     assert peak[0] <= most * peak[1]
     assert peak[0] > 0.3 * peak[1]  # both were counted
+
+
+def operations(model):
+    """How many of torch's operations a forward and a backward pass are, views included."""
+    ids = torch.arange(2 * 64).view(2, 64)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return sum(event.name.startswith("aten::") for event in profiler.events())
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0.8), (torch.bfloat16, 0.54)])
+def test_a_step_as_fits_make_it_holds_less_again_and_calls_torch_less_often(dtype, most):
+    base = llama(**SIZES).to(dtype)
+    mine, theirs = (make(copy.deepcopy(base), 0.0) for make in (ours, peers))
+    assert make_lean(mine)
+    (flops, peak), (their_flops, their_peak) = work(mine), work(theirs)
+    assert flops == their_flops  # what is made again takes no products
+    assert 0.3 * their_peak < peak <= most * their_peak
+    assert operations(mine) < 0.95 * operations(theirs)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # PEFT's
