@@ -89,7 +89,8 @@ class AdapterFineTuneModule(CausalLMModule):
         compile: Run the decoder layers through torch.compile: true, or the name of a backend. Steps
             are faster after the first two, which take seconds, or minutes. Not under FSDP1.
         lean_blocks: Keep less of gated MLPs and RMS norms for the backward pass, where their code
-            is that of Llama: about a fifth less memory, the same numbers. Nothing with `compile`.
+            is that of Llama: about a fifth less memory, the same numbers up to rounding. Not with
+            `compile`, which keeps less by itself.
     """
 
     def __init__(
