@@ -37,6 +37,7 @@ from lit_adapters.attachment import bypassed
 from lit_adapters.base_model import load_base, load_tokenizer
 from lit_adapters.generation import generate
 from lit_adapters.io import peft_config
+from lit_adapters.weights import branch
 from tests.models import (
     assert_base_again,
     base_bytes,
@@ -525,7 +526,8 @@ COMPILED = ["head-tied", "bias-all-gpt2", "together-qwen2"]
 
 
 @pytest.mark.parametrize("name", [*COMPILED, "images-together"])
-def test_a_model_compiles_without_graph_breaks(name):
+def test_a_model_compiles_without_graph_breaks(name, monkeypatch):
+    monkeypatch.setattr(branch, "is_transformed", lambda: True)  # both sum in one order
     torch.compiler.reset()
     case = CASES[name]
     model = shake(case.adapted()).eval()
@@ -535,7 +537,7 @@ def test_a_model_compiles_without_graph_breaks(name):
         expected = model(input_ids=IDS, use_cache=False).logits
     else:
         found, expected = call(pixels()), model(pixels())
-    close(found, expected, 2e-5)  # both sum in an order of their own
+    close(found, expected, 1e-6)
     found.square().mean().backward()
     assert all(parameter.grad is not None for parameter, _ in companions(model).values())
 
